@@ -1,0 +1,51 @@
+"""What every script's command line shares: --config and --set, one-line errors, a clean Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+QUICKSTART = REPO / "config" / "quickstart.yaml"
+MAIN_CONFIG = REPO / "config" / "train_config_tinystories_33M_TOP10K.yaml"
+
+
+class UserError(Exception):
+    """Something that the user can mend. Its text is the one line shown: what, where, what is allowed, what to do."""
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, default: Path) -> None:
+    """Add --config and --set; `default` is only named in the help: the script falls back to it itself."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help=f"YAML file (default: config/{default.name})")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE",
+                        help="override one value of the YAML; may be given many times")
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run a script's main() and exit with its status (None is 0).
+
+    A UserError or an OSError (no such file, no permission, disk full) is one line and status 2; Ctrl-C is status 130.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a console in another code page must not end a run over a curly quote
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        status = main() or 0
+        sys.stdout.flush()  # so that a closed pipe shows here, where it is caught
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except BrokenPipeError:  # `generate.py | head`: the reader has gone, which is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        status = 130
+    sys.exit(status)

@@ -1,0 +1,93 @@
+"""What the machine at hand can do: the device, the precision and the compiler, found out rather than assumed.
+
+The only file of this room that imports torch; `import config` does not load it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from config.cli import UserError
+
+# dense bf16 FLOP/s with float32 accumulation, from the vendors' data sheets, by a part of torch's device name
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12,
+              "RTX 3090": 71e12}
+COMPILE_PAYS = 1e14  # FLOP of a run on the CPU from which compiling (tens of seconds) is worth its time
+
+
+def choose_device(name: str) -> torch.device:
+    """hardware.device as a torch.device; auto takes cuda, else mps, else cpu. Raises UserError if it is not here."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, here in available.items() if here)
+    if not available.get(name):
+        here = ", ".join(kind for kind, here in available.items() if here)
+        raise UserError(f"device {name}: not available to this torch ({torch.__version__}); here: {here}, or auto")
+    return torch.device(name)
+
+
+def choose_precision(device: torch.device, wanted: bool) -> tuple[Callable[[], Any], str]:
+    """A factory of the context to compute in, and why. bf16 autocast keeps the weights in float32."""
+    if not wanted:
+        return contextlib.nullcontext, "float32"
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return contextlib.nullcontext, "float32 (this GPU has no bf16)"
+    if device.type == "mps":
+        return contextlib.nullcontext, "float32 (bf16 was never tried on mps)"
+    if device.type == "cpu":
+        gain = bf16_gain_on_cpu()
+        if gain < 1.5:
+            return contextlib.nullcontext, f"float32 (bf16 products run at {gain:.1f} times its speed on this CPU)"
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16), "bf16 autocast"
+
+
+def bf16_gain_on_cpu() -> float:
+    """How many times faster this CPU multiplies bf16 matrices than float32 ones; far from 1 on every known CPU."""
+    def seconds(dtype: torch.dtype) -> float:
+        a, times = torch.randn(512, 512).to(dtype), []
+        for _ in range(7):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+    return seconds(torch.float32) / seconds(torch.bfloat16)
+
+
+def choose_compile(model: nn.Module, try_it: Callable[[Callable], object], device: torch.device,
+                   wanted: bool | str, run_flops: float) -> tuple[Callable, str]:
+    """The model compiled, if that is wanted, pays and works, else as it is; and why. Weights stay shared.
+
+    try_it: calls what it is given on a batch of the real shape, forward and backward. run_flops: of the whole run.
+    """
+    if wanted is False:
+        return model, "eager"
+    if wanted == "auto" and device.type == "mps":
+        return model, "eager (torch.compile was never tried on mps)"
+    if wanted == "auto" and device.type == "cpu" and run_flops < COMPILE_PAYS:
+        return model, "eager (too short a run for torch.compile to pay)"
+    compiled, start = torch.compile(model, dynamic=False), time.perf_counter()
+    try:  # whether a compiler is there and does it is found out, not assumed
+        try_it(compiled)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {lines[0][:80]}"
+        if wanted is True:
+            raise UserError(f"training.use_compile is true, but torch.compile fails here ({reason}): set it to auto "
+                            "or false") from None
+        return model, f"eager (torch.compile does not work here: {reason})"
+    finally:
+        model.zero_grad(set_to_none=True)
+    return compiled, f"compiled in {time.perf_counter() - start:.0f} s"
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 FLOP/s where it is known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)

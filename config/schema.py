@@ -1,0 +1,236 @@
+"""The schema of the YAML files: one frozen dataclass a section, load_config(), and every check.
+
+The field types below are the rules: load_config() reads them, so a key is declared once. `null` in the YAML stands for
+"work it out" and is allowed only where the type says `| None`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from config.cli import REPO, UserError
+from config.values import Bounds, build_section, parse_yaml, show, unknown
+
+Positive = Annotated[int, Bounds(1)]
+Count = Annotated[int, Bounds(0)]
+PositiveReal = Annotated[float, Bounds(0, above=True)]
+NonNegativeReal = Annotated[float, Bounds(0)]
+Beta = Annotated[float, Bounds(0, 0.999999)]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The transformer's shape. The defaults are the main model: 22.75M parameters."""
+
+    vocab_size: Annotated[int, Bounds(259, 1_000_000)] = 10_000  # 256 bytes and three special tokens at the least
+    d_model: Positive = 448
+    n_layers: Positive = 7
+    n_heads: Positive = 7
+    n_kv_heads: Positive | None = None  # null: as many as n_heads (no grouped-query attention)
+    d_ffn: Positive = 1344
+    max_seq_len: Positive = 512
+    dropout: Annotated[float, Bounds(0, 0.95)] = 0.1  # on the embedding and the residual branches
+    rope_percentage: Annotated[float, Bounds(0, 1)] = 0.5  # the share of each head's dimensions that is rotated
+    rope_base: PositiveReal = 10_000.0
+    rms_norm_eps: PositiveReal = 1e-6
+    tie_embeddings: bool = True
+    use_flash_attention: bool = True  # false: the plain softmax(QK^T)V, for comparison
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        return round(self.head_dim * self.rope_percentage)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop. One step is batch_size * gradient_accumulation_steps windows of max_seq_len tokens."""
+
+    batch_size: Positive = 64
+    gradient_accumulation_steps: Positive = 4
+    num_epochs: Positive = 5
+    max_steps: Positive | None = None  # null: as many as num_epochs needs; else stop there
+    use_bf16: bool = True  # where the device is faster with it; float32 elsewhere
+    use_gradient_checkpointing: bool = False
+    use_compile: Literal["auto"] | bool = "auto"
+    eval_steps: Positive = 500
+    eval_samples: Count = 0  # validation windows per evaluation, evenly spread; 0 = all
+    early_stopping_patience: Positive | None = None  # evaluations without a better loss; null: never stop early
+    save_steps: Positive = 500
+    logging_steps: Positive = 10
+    show_progress: bool = True
+    output_dir: str = "./checkpoints"
+    seed: Count = 42
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter, 2019); weight decay acts on matrices only."""
+
+    learning_rate: PositiveReal = 5e-4
+    adam_beta1: Beta = 0.9
+    adam_beta2: Beta = 0.95
+    adam_epsilon: PositiveReal = 1e-8
+    weight_decay: NonNegativeReal = 0.1
+    max_grad_norm: PositiveReal = 1.0
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Linear warm-up from 0, then `type` down to min_lr over lr_decay_iters steps (null: the real number of steps)."""
+
+    type: Literal["cosine", "constant", "linear"] = "cosine"
+    warmup_steps: Count = 500
+    lr_decay_iters: Positive | None = None
+    min_lr: NonNegativeReal = 5e-5
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where stories come from (see data/stories.py) and where their token files go."""
+
+    dataset: str = "tinystories"  # tinystories, sample, a hub id, a file, a folder or a glob
+    validation: str | None = None  # null: the data set's own split, or else a held-out share of the stories
+    validation_fraction: Annotated[float, Bounds(0, 0.5, above=True)] = 0.01  # that share
+    text_column: str | None = None  # null: text or story
+    max_stories: Positive | None = None  # train on the first so many; null: all (sample: 20,000)
+    clean: bool = True
+    tokenizer_path: str = "./tokenizer/tinystories_10k"
+    cache_dir: str = "./data/cache"
+    max_seq_len: Positive | None = None  # null: model.max_seq_len, which it must equal
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How data.tokenizer_path is trained when it is not there; its size is model.vocab_size."""
+
+    max_samples: Positive = 100_000  # stories to learn the merges from
+    min_frequency: Positive = 2  # a pair seen less often is never merged
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """The sample stories that training shows, and the defaults of generate.py."""
+
+    prompts: tuple[str, ...] = ("Once upon a time there was", "One day, a little girl named Lily", "Tom and his dog")
+    temperature: NonNegativeReal = 0.8  # 0: always the likeliest token
+    top_k: Count = 0  # draw from the k likeliest tokens; 0: from all
+    top_p: Annotated[float, Bounds(0, 1, above=True)] = 0.95  # draw from the likeliest tokens that make up this share
+    max_new_tokens: Positive = 400
+    seed: Count = 42
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole YAML file, checked."""
+
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    hardware: HardwareConfig = HardwareConfig()
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain values only, as a checkpoint stores them; config_from_dict() is the way back."""
+        return dataclasses.asdict(self)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, check everything.
+
+    Raises UserError, one line: the file, the key path, what was found, what is allowed, the nearest known name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.stem, [p.stem for p in (REPO / "config").glob("*.yaml")], 1, 0.5)
+        raise UserError(f"--config {path}: no such file" + (f"; did you mean config/{near[0]}.yaml?" if near else ""))
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a UTF-8 text file (byte {error.start}); a YAML file is expected") from None
+    return config_from_dict({} if values is None else values, str(path), overrides)
+
+
+def config_from_dict(values: Any, source: str, overrides: Sequence[str] = ()) -> Config:
+    """Check nested plain values, as a YAML file or a checkpoint holds them. `source` names them in errors."""
+    sections = {field.name: field.default for field in dataclasses.fields(Config)}
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: expected sections ({', '.join(sections)}), found {show(values)}")
+    values = {name: dict(v) if isinstance(v, dict) else v for name, v in values.items()}
+    origins = {}
+    for override in overrides:
+        _apply_override(values, override, origins)
+    built = {}
+    for name, section_values in values.items():
+        if name not in sections:
+            raise UserError(f"{source}: {unknown(name, sections, 'section')}")
+        built[name] = build_section(type(sections[name]), name, section_values, source, origins)
+    config = Config(**built)
+    _check_combinations(config, source)
+    if config.data.max_seq_len is None:
+        data = dataclasses.replace(config.data, max_seq_len=config.model.max_seq_len)
+        config = dataclasses.replace(config, data=data)
+    return config
+
+
+def _apply_override(values: dict, override: str, origins: dict[str, str]) -> None:
+    key_path, equals, text = override.partition("=")
+    section, dot, key = key_path.strip().partition(".")
+    if not (equals and dot and section and key):
+        raise UserError(f"--set {override}: expected section.key=value, such as training.batch_size=32")
+    value = parse_yaml(text, f"--set {override}")
+    target = values.get(section)
+    if target is None:
+        target = values[section] = {}
+    if isinstance(target, dict):  # if it is not, building the section says what is wrong with it
+        target[key] = value
+        origins[f"{section}.{key}"] = f"--set {override}"
+
+
+def _check_combinations(config: Config, source: str) -> None:
+    """What no single key can show. Each line: the keys, what was found, what must hold, what to do."""
+    m, data, opt, sched = config.model, config.data, config.optimizer, config.scheduler
+    rules = [
+        (m.d_model % m.n_heads == 0,
+         f"model.d_model {m.d_model} is not divisible by model.n_heads {m.n_heads}: "
+         f"d_model could be {math.ceil(m.d_model / m.n_heads) * m.n_heads}"),
+        (m.n_heads % m.kv_heads == 0,
+         f"model.n_heads {m.n_heads} is not divisible by model.n_kv_heads {m.kv_heads}: "
+         f"n_kv_heads can be {', '.join(str(k) for k in range(1, m.n_heads + 1) if m.n_heads % k == 0)}"),
+        (m.rotary_dim % 2 == 0,
+         f"model.rope_percentage {m.rope_percentage:g} of a head of {m.head_dim} dimensions rotates {m.rotary_dim}, an "
+         "odd number: rotation works on pairs, choose a share that gives an even number"),
+        (data.max_seq_len in (None, m.max_seq_len),
+         f"data.max_seq_len {data.max_seq_len} differs from model.max_seq_len {m.max_seq_len}: make them equal, or "
+         "leave data.max_seq_len null"),
+        (sched.min_lr <= opt.learning_rate,
+         f"scheduler.min_lr {sched.min_lr:g} is above optimizer.learning_rate {opt.learning_rate:g}: the rate falls to "
+         "min_lr, so make it the smaller one (a tenth is usual)"),
+        (sched.lr_decay_iters is None or sched.lr_decay_iters > sched.warmup_steps,
+         f"scheduler.lr_decay_iters {sched.lr_decay_iters} is not above scheduler.warmup_steps {sched.warmup_steps}: "
+         "make it larger, or null for the real number of steps"),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise UserError(f"{source}: {message}")

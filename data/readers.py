@@ -1,0 +1,130 @@
+"""From a file to the texts in it: .txt split at `<|endoftext|>`, JSON arrays or lines, parquet.
+
+All of them stream. What cannot be read is a UserError, one line: the file, the line or number of the story in it, what
+was found, what to set. stories.py decides which files to read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from config.cli import UserError
+from config.schema import DataConfig
+from config.values import one_line, show
+
+EXTENSIONS = (".txt", ".jsonl", ".json", ".parquet")
+SEPARATOR = b"<|endoftext|>"  # between the stories of a .txt file
+CHUNK = 1 << 18  # bytes (of JSON: characters) read at once
+LONGEST = 1 << 24  # bytes; what goes on for longer is no story, but a file of another layout
+
+
+def read_files(paths: list[Path], data: DataConfig) -> Iterator[str]:
+    """The texts of the files, one after another, as they stand there."""
+    readers = {".txt": _read_txt, ".parquet": _read_parquet}
+    for path in paths:
+        yield from readers.get(path.suffix.lower(), _read_json)(path, data)
+
+
+def _read_txt(path: Path, data: DataConfig) -> Iterator[str]:
+    """UTF-8; one newline on either side of a separator (or at the file's end) is layout, all else is the story's."""
+    def story(piece: bytes) -> str:
+        start = piece.startswith((b"\n", b"\r\n")) + piece.startswith(b"\r\n")
+        return piece[start:len(piece) - piece.endswith(b"\n") - piece.endswith(b"\r\n")].decode("utf-8")
+
+    rest = b"\n"  # as after a separator, so that the first story keeps its own newlines
+    with path.open("rb") as file:
+        if file.read(3) != b"\xef\xbb\xbf":  # the byte order mark that Windows' editors write
+            file.seek(0)
+        try:
+            while chunk := file.read(CHUNK):
+                *pieces, rest = (rest + chunk).split(SEPARATOR)
+                yield from map(story, pieces)
+                if len(rest) > LONGEST:
+                    raise UserError(f"{path}: {len(rest):,} bytes without <|endoftext|>, which separates stories")
+            if rest.strip():
+                yield story(rest)
+        except UnicodeDecodeError:
+            raise _not_utf8(path) from None
+
+
+def _read_json(path: Path, data: DataConfig) -> Iterator[str]:
+    """Objects in one array, or one a line: what stands between them is skipped, and each is decoded on its own."""
+    decode, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,\[\]]*")
+    buffer, start, end, line, number, column = "", 0, 0, 1, 1, None
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        while True:
+            last, start = start, between.match(buffer, end).end()
+            line += buffer.count("\n", last, start)
+            where = f"{path}, line {line}, object {number}"
+            try:
+                record, end = decode(buffer, start)
+            except (ValueError, RecursionError) as error:  # so too where the buffer ends inside an object
+                try:
+                    chunk = file.read(CHUNK)
+                except UnicodeDecodeError:
+                    raise _not_utf8(path) from None
+                if not chunk and start == len(buffer):
+                    return
+                if not chunk or len(buffer) - start > LONGEST:
+                    raise UserError(f"{where}: not valid JSON: {getattr(error, 'msg', 'nested too deep')}") from None
+                buffer, start, end = buffer[start:] + chunk, 0, 0
+                continue
+            if not isinstance(record, dict):
+                raise UserError(f"{where}: found {show(record)}, expected an object with the field text or story")
+            if column not in record:
+                column = choose_column(record, data, where)
+            yield _check_text(record[column], column, where)
+            number += 1
+
+
+def _not_utf8(path: Path) -> UserError:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return UserError(f"{path}, line {number}: byte 0x{line[error.start]:02x} is not UTF-8; save it so")
+    return UserError(f"{path}: not UTF-8")
+
+
+def _read_parquet(path: Path, data: DataConfig) -> Iterator[str]:
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            column = choose_column(file.schema_arrow.names, data, str(path))
+            batches = file.iter_batches(batch_size=1000, columns=[column])
+            yield from _check_rows((batch.column(0).to_pylist() for batch in batches), column, str(path))
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read as parquet: {one_line(error)}") from None
+
+
+def read_rows(rows: Any, column: str, where: str) -> Iterator[str]:
+    """The column of a `datasets` data set."""
+    return _check_rows((batch[column] for batch in rows.iter(batch_size=1000)), column, where)
+
+
+def choose_column(names: Iterable[str], data: DataConfig, where: str) -> str:
+    """The field that holds the story: data.text_column, else text or story. UserError begins with `where`."""
+    wanted = [data.text_column] if data.text_column else ["text", "story"]
+    for name in wanted:
+        if name in names:
+            return name
+    raise UserError(f"{where}: no field {' or '.join(wanted)}, only {one_line(', '.join(names))}; set data.text_column "
+                    "to the one that holds the story")
+
+
+def _check_rows(batches: Iterable[list], column: str, where: str) -> Iterator[str]:
+    for number, value in enumerate(chain.from_iterable(batches), 1):
+        yield value if isinstance(value, str) else _check_text(value, column, f"{where}, row {number}")
+
+
+def _check_text(value: Any, column: str, where: str) -> str:
+    if isinstance(value, str):
+        return value
+    raise UserError(f"{where}: {column} is {show(value)}, expected a text; data.text_column says which field to read")

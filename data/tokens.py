@@ -1,0 +1,287 @@
+"""Text to token files to batches.
+
+A token file is `<name>.bin`, the ids of all stories in a row, each after one `<|endoftext|>` and one more at the very
+end, as little-endian uint16 (uint32 for vocabularies past 65,536), beside `<name>.json` with what it was made from and
+what it holds. The JSON is written last, so a half-written .bin is never believed.
+
+A batch is cut from it in windows of seq_len + 1 tokens: the first seq_len are the inputs, the last seq_len the targets.
+That is the one place where targets are shifted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from tokenizers import Tokenizer, pre_tokenizers
+from tqdm import tqdm
+
+from config import UserError
+from config.schema import DataConfig
+from data.stories import Stories, open_stories
+
+if TYPE_CHECKING:
+    import torch
+
+END_OF_STORY = "<|endoftext|>"
+SPECIAL_TOKENS = (END_OF_STORY, "<|padding|>", "<unk>")  # in this order from id 0
+ARTICLES = ("a", "an", "the")
+IGNORED = -100  # a target that counts for nothing: torch's default for cross_entropy
+FORMAT = 1
+CHUNK_BYTES = 2_000_000  # of text handed to the tokenizer library at once: it shares a chunk out over all cores
+
+
+# The tokenizer
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Open a tokenizer folder, or its tokenizer.json. Raises UserError."""
+    file = Path(path).expanduser()
+    file = file / "tokenizer.json" if file.is_dir() else file
+    if not file.is_file():
+        raise UserError(f"{file}: no such tokenizer; train one with python train_custom_tokenizer.py")
+    return tokenizer_from_json(file.read_text(encoding="utf-8", errors="replace"), str(file))
+
+
+def tokenizer_from_json(text: str, source: str) -> Tokenizer:
+    """Build the tokenizer from the text of a tokenizer.json and check that it can be used here. Raises UserError.
+
+    It must be able to encode every byte, and must know END_OF_STORY. Saved truncation and padding are dropped: they
+    would cut stories without a word.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises a bare Exception
+        raise UserError(f"{source}: not a tokenizer.json ({str(error).splitlines()[0]}); train it anew") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # a story or a prompt that spells "<|endoftext|>" is text like any other
+    vocabulary = tokenizer.get_vocab()
+    if END_OF_STORY not in vocabulary:
+        raise UserError(f"{source}: has no {END_OF_STORY} token, which separates stories; train it anew")
+    missing = sum(byte not in vocabulary for byte in pre_tokenizers.ByteLevel.alphabet())
+    if missing:
+        raise UserError(f"{source}: lacks {missing} of the 256 bytes, so it would lose text; train it anew")
+    return tokenizer
+
+
+def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
+    """UTF-8 bytes that each token id stands for, int64, shape (tokenizer's vocabulary size,). Special tokens have 0.
+
+    A byte-level BPE spells one byte as one character, so a token's length is its number of bytes.
+    """
+    lengths = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
+    for token, index in tokenizer.get_vocab().items():
+        lengths[index] = 0 if token in SPECIAL_TOKENS else len(token)
+    return lengths
+
+
+def article_mask(tokenizer: Tokenizer) -> np.ndarray:
+    """True for each token id that is the word a, an or the by itself, bool, shape (tokenizer's vocabulary size,).
+
+    That is " a" with its space before it, or a capital at the start of a text or after a quotation mark ("The"). A
+    bare "a" is left out: it is mostly a piece of a rarer word. (In a vocabulary too small for the text's common words,
+    " a" begins some of them, and counts all the same.)
+    """
+    words = {"Ġ" + word for article in ARTICLES for word in (article, article.capitalize())}
+    words |= {article.capitalize() for article in ARTICLES}
+    mask = np.zeros(tokenizer.get_vocab_size(), dtype=bool)
+    for token, index in tokenizer.get_vocab().items():
+        mask[index] = token in words
+    return mask
+
+
+# Token files
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A split, tokenized. tokens: memmap of shape (counts["tokens"],)."""
+
+    path: Path
+    tokens: np.ndarray
+    counts: dict[str, int]  # stories, tokens, bytes (of text), article_tokens
+
+
+def prepare_tokens(data: DataConfig, tokenizer: Tokenizer, split: str, show_progress: bool = True) -> TokenFile:
+    """Open the token file of a split ("train" or "validation"); build it first if it is missing, stale or damaged."""
+    stories = open_stories(data, split)
+    corpus = data.validation if split == "validation" and data.validation else data.dataset
+    parts = (Path(corpus).name, split, Path(data.tokenizer_path).name)
+    path = Path(data.cache_dir).expanduser() / (re.sub(r"[^A-Za-z0-9._-]+", "-", ".".join(parts))[-100:] + ".bin")
+    fingerprint = make_fingerprint(stories, tokenizer)
+    found, reason = open_token_file(path, fingerprint)
+    if found is None:
+        print(f"tokens: {path.name}: {reason}, building it from {stories.name}")
+        build_token_file(stories, tokenizer, path, fingerprint, show_progress)
+        found, reason = open_token_file(path, fingerprint)
+        if found is None:
+            raise UserError(f"{path}: {reason} right after it was built; is another program writing there?")
+    else:
+        print(f"tokens: {path.name}: reused")
+    print("tokens: " + describe_counts(found.counts))
+    return found
+
+
+def describe_counts(counts: dict[str, int]) -> str:
+    """One line: stories, tokens, bytes per token, and the share of articles among the tokens."""
+    stories, tokens = counts["stories"], max(1, counts["tokens"])
+    return (f"{stories:,} stories, {counts['tokens']:,} tokens, {counts['bytes'] / tokens:.2f} bytes per token, "
+            f"articles {100 * counts['article_tokens'] / tokens:.1f}% of tokens (5-9% is healthy)")
+
+
+def make_fingerprint(stories: Stories, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a token file was made from; two files with equal fingerprints hold the same tokens."""
+    return {"format": FORMAT, "tokenizer": hashlib.sha256(tokenizer.to_str().encode("utf-8")).hexdigest(),
+            "source": stories.identity, "separator": END_OF_STORY, "dtype": _dtype(tokenizer).name}
+
+
+def open_token_file(path: Path, fingerprint: dict[str, Any]) -> tuple[TokenFile | None, str]:
+    """The token file if it is whole and made from just that, else None and the reason."""
+    try:
+        header = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        counts = {key: int(header["counts"][key]) for key in ("stories", "tokens", "bytes", "article_tokens")}
+        found = header["fingerprint"]
+    except FileNotFoundError:
+        return None, "not there yet" if not path.exists() else "half-written"
+    except (ValueError, KeyError, TypeError):
+        return None, "its .json is damaged"
+    changed = [key for key in fingerprint if not isinstance(found, dict) or found.get(key) != fingerprint[key]]
+    if changed:
+        return None, f"stale ({' and '.join(changed)} changed)"
+    dtype = np.dtype(fingerprint["dtype"]).newbyteorder("<")
+    if not path.is_file() or path.stat().st_size != counts["tokens"] * dtype.itemsize or not counts["tokens"]:
+        return None, "damaged (its size is not what its .json says)"
+    return TokenFile(path, np.memmap(path, dtype=dtype, mode="r"), counts), ""
+
+
+def build_token_file(stories: Stories, tokenizer: Tokenizer, path: Path, fingerprint: dict[str, Any],
+                     show_progress: bool = True) -> None:
+    """Encode all stories into path, in bounded memory. Whatever stops it, no file that would be believed is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    part, header = path.with_suffix(f".{os.getpid()}.part"), path.with_suffix(".json")
+    try:
+        with part.open("wb") as file:
+            counts = _encode_all(stories, tokenizer, file, show_progress)
+            file.flush()
+            os.fsync(file.fileno())
+        header.unlink(missing_ok=True)  # so that an old header never stands beside a new .bin
+        os.replace(part, path)
+        part.write_text(json.dumps({"fingerprint": fingerprint, "counts": counts}, indent=1), encoding="utf-8")
+        os.replace(part, header)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _encode_all(stories: Stories, tokenizer: Tokenizer, file: BinaryIO, show_progress: bool) -> dict[str, int]:
+    separator, articles, dtype = tokenizer.token_to_id(END_OF_STORY), article_mask(tokenizer), _dtype(tokenizer)
+    counts = {"tokens": 0, "article_tokens": 0}
+
+    def write(ids: list[int]) -> None:
+        array = np.array(ids, dtype=dtype.newbyteorder("<"))
+        counts["tokens"] += len(array)
+        counts["article_tokens"] += int(articles[array].sum())
+        array.tofile(file)
+
+    with tqdm(total=stories.total_bytes, unit="B", unit_scale=True, desc="tokenize", leave=False,
+              disable=None if show_progress else True) as progress:
+        for chunk, num_bytes in _chunks(stories):
+            ids = []
+            for encoding in tokenizer.encode_batch_fast(chunk, add_special_tokens=False):
+                ids.append(separator)
+                ids.extend(encoding.ids)
+            write(ids)
+            progress.update(num_bytes)
+    write([separator])
+    return {**counts, **{key: int(count) for key, count in stories.counts.items()}}
+
+
+def _chunks(stories: Stories) -> Iterator[tuple[list[str], int]]:
+    """Lists of stories of about CHUNK_BYTES, each with its size in UTF-8 bytes."""
+    chunk, start = [], 0
+    for story in stories:
+        chunk.append(story)
+        if stories.counts["bytes"] - start >= CHUNK_BYTES:
+            yield chunk, stories.counts["bytes"] - start
+            chunk, start = [], stories.counts["bytes"]
+    if chunk:
+        yield chunk, stories.counts["bytes"] - start
+
+
+def _remove_leftovers(path: Path, older_than: float = 86_400.0) -> None:
+    """Remove parts of this file that killed builds left a day or more ago; a younger one may still be written."""
+    for part in path.parent.glob(f"{path.stem}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime > older_than:
+                part.unlink()
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 65_536 else np.uint32)
+
+
+# Batches
+
+def count_windows(num_tokens: int, seq_len: int) -> int:
+    """How many windows of seq_len targets a file of num_tokens has; the incomplete one at its end is not counted."""
+    return max(0, (num_tokens - 1) // seq_len)
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(num_windows: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of one epoch: a permutation of the window indices, int64, shape (num_windows,)."""
+    return np.random.default_rng([seed, epoch]).permutation(num_windows)
+
+
+def training_windows(position: int, count: int, num_windows: int, seed: int) -> np.ndarray:
+    """Indices of the windows at position .. position + count - 1 of the endless row of epochs, int64, shape (count,).
+
+    Every epoch is each window once. A batch may begin in one epoch and end in the next, so that all are of one size.
+    """
+    epochs, offsets = np.divmod(np.arange(position, position + count), num_windows)
+    windows = np.empty(count, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        windows[here] = epoch_order(num_windows, seed, int(epoch))[offsets[here]]
+    return windows
+
+
+def read_batch(tokens: np.ndarray, windows: np.ndarray, seq_len: int, device: torch.device,
+               ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets of the given windows, both int64, shape (len(windows), seq_len): targets[t] is inputs[t + 1].
+
+    A window that reaches past the end of the file is filled up: inputs with 0, targets with IGNORED.
+    """
+    import torch  # here, so that the tokenizer script need not load it
+
+    positions = windows[:, None] * seq_len + np.arange(seq_len + 1)  # (batch, seq_len + 1)
+    beyond = positions >= len(tokens)
+    block = tokens[np.minimum(positions, len(tokens) - 1)].astype(np.int64)  # (batch, seq_len + 1)
+    if beyond.any():
+        block[beyond] = 0
+    batch = torch.from_numpy(block)
+    if device.type == "cuda":
+        batch = batch.pin_memory().to(device, non_blocking=True)
+    else:
+        batch = batch.to(device)
+    inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()  # the one shift
+    if beyond.any():
+        targets[torch.from_numpy(beyond[:, 1:]).to(device)] = IGNORED
+    return inputs, targets
+
+
+def validation_windows(num_tokens: int, seq_len: int, limit: int = 0) -> np.ndarray:
+    """Window indices of a full pass, the incomplete last one included, or `limit` of them evenly spread; int64."""
+    total = -(-(num_tokens - 1) // seq_len)  # rounded up: every token but the first is predicted once
+    if 0 < limit < total:
+        return np.linspace(0, total - 1, limit).astype(np.int64)
+    return np.arange(total)

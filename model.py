@@ -1,0 +1,292 @@
+"""A Llama-2 style transformer (Touvron et al., 2023): RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+The names are Meta's (tok_embeddings, layers.N.attention.wq, feed_forward.w1, ...), which converters know. The model
+never shifts its targets: targets[t] is what it must predict at position t (data/tokens.py cuts them so).
+
+Below the model: its parameter and FLOP counts, and reading and writing a checkpoint file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
+
+from config import UserError, config_from_dict
+from config.schema import ModelConfig
+
+
+def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles (Su et al., 2021, eq. 34), float32, each (max_seq_len, rotary_dim / 2).
+
+    Pair i of the rotated dimensions turns by position * rope_base ** (-2 i / rotary_dim) radians. Computed in float64:
+    the largest angle is max_seq_len radians, of which float32 would keep few decimals.
+    """
+    pairs = torch.arange(0, config.rotary_dim, 2, dtype=torch.float64)
+    frequencies = config.rope_base ** (-pairs / max(1, config.rotary_dim))  # (rotary_dim / 2,)
+    angles = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float64), frequencies)
+    return angles.cos().float(), angles.sin().float()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first rotary_dim dimensions of each head, pass the rest through.
+
+    x: (batch, heads, seq_len, head_dim); cos, sin: (seq_len, rotary_dim / 2). Dimension i is paired with
+    i + rotary_dim / 2 (half-split pairs, as transformers has them; Meta's own code pairs neighbours).
+    """
+    half = cos.shape[-1]
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).type_as(x)
+
+
+class KVCache:
+    """Keys and values of the tokens so far, so that the next token needs only itself. Filled by Transformer.forward.
+
+    layers: for each layer a key and a value tensor, (batch, n_kv_heads, max_len, head_dim); the first `length`
+    positions of them are filled.
+    """
+
+    def __init__(self, config: ModelConfig, batch_size: int, max_len: int, device: torch.device,
+                 dtype: torch.dtype = torch.float32) -> None:
+        shape = (batch_size, config.kv_heads, max_len, config.head_dim)
+        self.layers = [(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+                       for _ in range(config.n_layers)]
+        self.max_len = max_len
+        self.length = 0
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (batch, n_kv_heads, seq_len, head_dim) after `length`; return all keys and values up to there."""
+        end = self.length + keys.shape[2]
+        cached_keys, cached_values = self.layers[layer]
+        cached_keys[:, :, self.length:end] = keys
+        cached_values[:, :, self.length:end] = values
+        return cached_keys[:, :, :end], cached_values[:, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention; n_kv_heads < n_heads shares keys and values among heads (Ainslie et al., 2023)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        kv_dim = config.kv_heads * config.head_dim
+        self.wq = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.wk = nn.Linear(config.d_model, kv_dim, bias=False)
+        self.wv = nn.Linear(config.d_model, kv_dim, bias=False)
+        self.wo = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        batch, seq_len, d_model = x.shape
+        head_dim = self.config.head_dim
+        queries = self.wq(x).view(batch, seq_len, -1, head_dim).transpose(1, 2)  # (batch, n_heads, seq_len, head_dim)
+        keys = self.wk(x).view(batch, seq_len, -1, head_dim).transpose(1, 2)  # (batch, n_kv_heads, seq_len, head_dim)
+        values = self.wv(x).view(batch, seq_len, -1, head_dim).transpose(1, 2)  # (batch, n_kv_heads, seq_len, head_dim)
+        queries, keys = apply_rope(queries, cos, sin), apply_rope(keys, cos, sin)
+        if cache is not None:
+            keys, values = cache.append(self.layer, keys, values)  # (batch, n_kv_heads, all_len, head_dim)
+        attend = flash_attention if self.config.use_flash_attention else plain_attention
+        out = attend(queries, keys, values)  # (batch, n_heads, seq_len, head_dim)
+        return self.wo(out.transpose(1, 2).reshape(batch, seq_len, d_model))  # (batch, seq_len, d_model)
+
+
+def flash_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Causal attention by torch's fused kernels. The queries are the last positions of the keys.
+
+    queries: (batch, n_heads, seq_len, head_dim); keys, values: (batch, n_kv_heads, all_len, head_dim).
+    """
+    seq_len, all_len = queries.shape[2], keys.shape[2]
+    mask = None
+    if 1 < seq_len < all_len:  # is_causal would align the mask with the first key, not with the last
+        mask = torch.ones(seq_len, all_len, dtype=torch.bool, device=queries.device).tril(all_len - seq_len)
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=1 < seq_len == all_len,
+                                          enable_gqa=queries.shape[1] != keys.shape[1])
+
+
+def plain_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The same written out: softmax(Q K^T / sqrt(head_dim)) V (Vaswani et al., 2017, eq. 1) with the causal mask."""
+    group = queries.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+    scores = queries @ keys.transpose(2, 3) / math.sqrt(queries.shape[-1])  # (batch, n_heads, seq_len, all_len)
+    seq_len, all_len = scores.shape[2:]
+    future = torch.ones(seq_len, all_len, dtype=torch.bool, device=scores.device).triu(all_len - seq_len + 1)
+    return scores.float().masked_fill(future, -math.inf).softmax(dim=-1).type_as(values) @ values
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer, 2020): w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.d_model, config.d_ffn, bias=False)
+        self.w2 = nn.Linear(config.d_ffn, config.d_model, bias=False)
+        self.w3 = nn.Linear(config.d_model, config.d_ffn, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """Two branches, attention and feed-forward, each reading the normed residual stream and writing into it."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, cache))
+        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))  # (batch, seq_len, d_model)
+
+
+class Transformer(nn.Module):
+    """The whole model; see forward(). `config` is the ModelConfig it was built from."""
+
+    def __init__(self, config: ModelConfig, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = gradient_checkpointing
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        cos, sin = rope_tables(config)
+        self.register_buffer("rope_cos", cos, persistent=False)  # (max_seq_len, rotary_dim / 2)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Normal with std 0.02; the projections that write into the residual stream smaller, as GPT-2 does.
+
+        There are two of them a layer, so 1 / sqrt(2 n_layers) keeps the stream's variance from growing with depth.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                writes_residual = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
+                nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * self.config.n_layers) if writes_residual else 1))
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
+                reduction: str = "mean") -> Tensor:
+        """Logits, or with targets the loss.
+
+        tokens: int64, (batch, seq_len), seq_len at most max_seq_len (with a cache: what is in it included).
+        targets: int64, (batch, seq_len); the token that follows each position, or -100 where none counts.
+        Without targets: logits (batch, seq_len, vocab_size), of float32 or the autocast dtype. With targets:
+        cross-entropy in nats, float32: the mean over the counted targets, or with reduction="none" one per target,
+        (batch, seq_len), 0 where none counts. A cache is filled with the tokens and grows by seq_len.
+        """
+        start, seq_len = (cache.length if cache is not None else 0), tokens.shape[1]
+        if start + seq_len > self.config.max_seq_len:
+            raise ValueError(f"{start + seq_len} tokens, but the model's context is {self.config.max_seq_len}")
+        cos, sin = self.rope_cos[start:start + seq_len], self.rope_sin[start:start + seq_len]
+        x = self.dropout(self.tok_embeddings(tokens))  # (batch, seq_len, d_model)
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                x = recompute_in_backward(layer, x, cos, sin, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, cache)
+        logits = self.output(self.norm(x))  # (batch, seq_len, vocab_size)
+        if cache is not None:
+            cache.length += seq_len
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+        return loss if reduction == "mean" else loss.view(targets.shape)
+
+
+# Counts
+
+def count_parameters(model: Transformer) -> int:
+    """Trainable numbers; a tied embedding counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flops_per_token(model: Transformer) -> int:
+    """Floating-point operations to train on one token: forward and backward, 6 N plus causal attention.
+
+    N counts the parameters that are multiplied: an untied embedding is only looked up. Attention adds
+    6 n_layers d_model max_seq_len: half of the 12 of the full square
+    (PaLM, appendix B), since the causal mask leaves half of it.
+    """
+    config = model.config
+    multiplied = count_parameters(model) - (0 if config.tie_embeddings else model.tok_embeddings.weight.numel())
+    return 6 * multiplied + 6 * config.n_layers * config.d_model * config.max_seq_len
+
+
+def estimate_memory(model: Transformer, batch_size: int, bf16: bool) -> float:
+    """Roughly the bytes that training holds: weights, gradients, two Adam moments, and a micro-batch's activations."""
+    m, width = model.config, 2 if bf16 else 4
+    kept_by_layer = m.d_model * (8 * width + 18) + m.d_ffn * 4 * width  # per token
+    if model.gradient_checkpointing:
+        layers = m.n_layers * 4 * m.d_model + kept_by_layer
+    else:
+        layers = m.n_layers * kept_by_layer
+    logits = m.vocab_size * (width + 4 + 4 + 4)  # the logits, in float32, their log-softmax, their gradient
+    return 16 * count_parameters(model) + batch_size * m.max_seq_len * (layers + logits)
+
+
+# Checkpoint files
+
+CHECKPOINT_FORMAT = 1
+CHECKPOINT_KEYS = ("model", "config", "tokenizer", "iter_num", "epoch", "best_val_loss")
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write a dict of tensors and plain values. Whatever stops it, `path` holds the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            torch.save({"format": CHECKPOINT_FORMAT, **checkpoint}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint; nothing in the file is run. Raises UserError if it is missing, damaged or not one of ours."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; train.py writes checkpoint_latest.pth to training.output_dir")
+    with path.open("rb") as file:
+        try:
+            checkpoint = torch.load(file, map_location=device, weights_only=True)
+        except Exception as error:  # on a bad file torch raises RuntimeError, UnpicklingError, EOFError, even OSError
+            reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
+            raise UserError(f"{path}: damaged, or not a checkpoint ({reason})") from None
+    missing = [key for key in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if missing:
+        raise UserError(f"{path}: not a checkpoint of this project: it lacks {', '.join(missing)}")
+    if checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(f"{path}: checkpoint format {checkpoint.get('format')}, this program reads {CHECKPOINT_FORMAT}")
+    return checkpoint
+
+
+def model_from_checkpoint(checkpoint: dict[str, Any], source: str | Path, device: torch.device | str) -> Transformer:
+    """Build the model that a checkpoint describes and give it its weights; in eval mode. Raises UserError."""
+    model = Transformer(config_from_dict(checkpoint["config"], str(source)).model)
+    load_weights(model, checkpoint, source)
+    return model.to(device).eval()
+
+
+def load_weights(model: Transformer, checkpoint: dict[str, Any], source: str | Path) -> None:
+    """Copy a checkpoint's weights into a model of the same shape. Raises UserError if the shapes differ."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise UserError(f"{source}: its weights do not fit the model of the config: {lines[min(1, len(lines) - 1)]}"
+                        ) from None

@@ -1,0 +1,313 @@
+"""The model computes what Llama computes, and never looks ahead."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from config import UserError
+from config.schema import ModelConfig
+from model import (
+    KVCache,
+    Transformer,
+    count_parameters,
+    estimate_memory,
+    flops_per_token,
+    load_checkpoint,
+    model_from_checkpoint,
+    save_checkpoint,
+)
+
+TINY = {"vocab_size": 300, "d_model": 48, "n_layers": 3, "n_heads": 4, "d_ffn": 80, "max_seq_len": 32, "dropout": 0.0}
+
+
+def make_model(**changes) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**{**TINY, **changes})).eval()
+    with torch.no_grad():  # larger weights than at the start, so that differences show
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.dim() == 2 else 1).add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def random_tokens(model: Transformer, batch: int = 2, seq_len: int = 32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, model.config.vocab_size, (batch, seq_len), generator=generator)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_equal_those_of_transformers(kv_heads, tied):
+    transformers = pytest.importorskip("transformers")
+    model = make_model(n_kv_heads=kv_heads, tie_embeddings=tied, rope_percentage=1.0, rope_base=500.0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=300, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=kv_heads,
+        intermediate_size=80, max_position_embeddings=32, rms_norm_eps=model.config.rms_norm_eps,
+        tie_word_embeddings=tied, rope_parameters={"rope_type": "default", "rope_theta": 500.0})).eval()
+    names = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
+             "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
+             "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm",
+             "post_attention_layernorm": "ffn_norm", "embed_tokens": "tok_embeddings", "lm_head": "output"}
+    ours = model.state_dict()
+    state = {}
+    for name in theirs.state_dict():
+        mine = name.removeprefix("model.")
+        for their_part, our_part in names.items():
+            mine = mine.replace(their_part, our_part)
+        state[name] = ours[mine]
+    theirs.load_state_dict(state)
+    tokens = random_tokens(model)
+    with torch.no_grad():
+        logits, reference = model(tokens), theirs(tokens).logits
+    assert reference.abs().max() > 1  # else agreement would say little
+    torch.testing.assert_close(logits, reference, atol=1e-4, rtol=1e-4)
+
+
+def reference_logits(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
+    """One sequence in float64, by loops over positions and heads: the model's weights, but none of its code."""
+    config, weights = model.config, {k: v.double() for k, v in model.state_dict().items()}
+    head_dim, rotary = config.d_model // config.n_heads, config.rotary_dim
+    kv_heads = config.n_kv_heads or config.n_heads
+
+    def norm(x, gain):
+        return x / torch.sqrt((x * x).mean() + config.rms_norm_eps) * gain
+
+    def rotate(x, position):
+        out = x.clone()
+        for i in range(rotary // 2):
+            angle = position * config.rope_base ** (-2 * i / rotary)
+            a, b = x[i], x[i + rotary // 2]
+            out[i] = a * math.cos(angle) - b * math.sin(angle)
+            out[i + rotary // 2] = a * math.sin(angle) + b * math.cos(angle)
+        return out
+
+    stream = [weights["tok_embeddings.weight"][t] for t in tokens]
+    for layer in range(config.n_layers):
+        w = {k.removeprefix(f"layers.{layer}."): v for k, v in weights.items() if k.startswith(f"layers.{layer}.")}
+        normed = [norm(x, w["attention_norm.weight"]) for x in stream]
+        heads = [torch.zeros(config.d_model, dtype=torch.float64) for _ in stream]
+        for h in range(config.n_heads):
+            g = h // (config.n_heads // kv_heads)
+            mine, shared = slice(h * head_dim, (h + 1) * head_dim), slice(g * head_dim, (g + 1) * head_dim)
+            q = [rotate(w["attention.wq.weight"][mine] @ x, p) for p, x in enumerate(normed)]
+            k = [rotate(w["attention.wk.weight"][shared] @ x, p) for p, x in enumerate(normed)]
+            v = [w["attention.wv.weight"][shared] @ x for x in normed]
+            for t in range(len(stream)):
+                scores = torch.stack([q[t] @ k[s] / math.sqrt(head_dim) for s in range(t + 1)])
+                heads[t][mine] = sum(p * v[s] for s, p in enumerate(torch.exp(scores) / torch.exp(scores).sum()))
+        stream = [x + w["attention.wo.weight"] @ heads[t] for t, x in enumerate(stream)]
+        for t, x in enumerate(stream):
+            y = norm(x, w["ffn_norm.weight"])
+            gate = w["feed_forward.w1.weight"] @ y
+            gated = gate / (1 + torch.exp(-gate)) * (w["feed_forward.w3.weight"] @ y)
+            stream[t] = x + w["feed_forward.w2.weight"] @ gated
+    return torch.stack([weights["output.weight"] @ norm(x, weights["norm.weight"]) for x in stream])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("flash", [True, False])
+def test_partial_rotation_equals_a_float64_reference(share, flash):
+    model = make_model(rope_percentage=share, n_kv_heads=2, use_flash_attention=flash)
+    tokens = random_tokens(model, batch=1, seq_len=12)
+    with torch.no_grad():
+        logits = model(tokens)[0]
+    torch.testing.assert_close(logits.double(), reference_logits(model, tokens[0]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_a_later_token_never_changes_an_earlier_logit(flash):
+    model = make_model(use_flash_attention=flash, n_kv_heads=2)
+    tokens = random_tokens(model)
+    changed = tokens.clone()
+    changed[:, 20] = (changed[:, 20] + 1) % model.config.vocab_size
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert (before[:, 20:] - after[:, 20:]).abs().amax(dim=-1).min() > 1e-4  # and every later one sees it
+
+
+@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_cache_changes_nothing(flash, kv_heads):
+    model = make_model(n_kv_heads=kv_heads, use_flash_attention=flash)
+    tokens = random_tokens(model)
+    cache = KVCache(model.config, 2, 32, torch.device("cpu"))
+    with torch.no_grad():
+        whole = model(tokens)
+        pieces = [model(tokens[:, a:b], cache=cache) for a, b in ((0, 7), (7, 8), (8, 13), (13, 14), (14, 32))]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-4, rtol=1e-4)
+    assert cache.length == 32
+
+
+def test_the_model_does_not_shift_its_targets():
+    model = make_model()
+    tokens, targets = random_tokens(model), random_tokens(model).flip(0).roll(3, dims=1)
+    with torch.no_grad():
+        logits, loss, losses = model(tokens), model(tokens, targets), model(tokens, targets, reduction="none")
+    expected = -logits.double().log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)  # (2, 32)
+    torch.testing.assert_close(losses.double(), expected, atol=1e-4, rtol=1e-4)
+    assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
+
+
+def test_shapes_and_ignored_targets():
+    model = make_model()
+    tokens = random_tokens(model)
+    targets = tokens.clone()
+    targets[0, :16] = -100
+    with torch.no_grad():
+        logits = model(tokens)
+        loss, losses = model(tokens, targets), model(tokens, targets, reduction="none")
+    assert logits.shape == (2, 32, 300) and loss.shape == () and losses.shape == (2, 32)
+    assert losses[0, :16].eq(0).all()
+    assert loss.item() == pytest.approx(losses.sum().item() / 48, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(448, 7, 7, 1344), (768, 8, 8, 2048), (288, 6, 6, 768), (64, 5, 8, 172)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_first_loss_is_ln_of_the_vocabulary(shape, tied):
+    d_model, n_layers, n_heads, d_ffn = shape
+    torch.manual_seed(2)
+    config = ModelConfig(d_model=d_model, n_layers=n_layers, n_heads=n_heads, d_ffn=d_ffn, tie_embeddings=tied)
+    model = Transformer(config)
+    tokens = random_tokens(model, 4, 65)
+    with torch.no_grad():
+        loss = model(tokens[:, :-1], tokens[:, 1:]).item()
+    assert loss == pytest.approx(math.log(config.vocab_size), rel=0.03)
+
+
+def test_the_main_model_has_the_designs_numbers():
+    model = Transformer(ModelConfig())
+    assert count_parameters(model) == 22_750_784
+    assert model.tok_embeddings.weight is model.output.weight
+    assert flops_per_token(model) == 6 * 22_750_784 + 6 * 7 * 448 * 512 == 146_138_496
+
+
+def test_an_untied_embedding_is_counted_but_not_multiplied():
+    tied, untied = make_model(), make_model(tie_embeddings=False)
+    assert count_parameters(untied) - count_parameters(tied) == 300 * 48
+    assert flops_per_token(untied) == flops_per_token(tied)
+
+
+def test_both_attentions_and_recomputation_give_the_same_gradients():
+    gradients = []
+    for changes, recompute in (({}, False), ({}, True), ({"use_flash_attention": False}, False)):
+        model = make_model(**changes).train()
+        model.gradient_checkpointing = recompute
+        tokens = random_tokens(model)
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[2], gradients[0], atol=1e-5, rtol=1e-3)
+
+
+def test_dropout_acts_in_training_only_and_not_on_the_attention_probabilities(monkeypatch):
+    seen = []
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda *args, **kwargs: seen.append(kwargs.get("dropout_p", 0.0)) or attention(*args, **kwargs))
+    model = make_model(dropout=0.5)
+    tokens = random_tokens(model)
+    with torch.no_grad():
+        assert torch.equal(model(tokens), model(tokens))
+        model.train()
+        assert not torch.equal(model(tokens), model(tokens))
+    assert seen and not any(seen)
+
+
+def test_too_long_an_input_is_refused():
+    model = make_model()
+    with pytest.raises(ValueError, match="context is 32"):
+        model(random_tokens(model, 1, 33))
+
+
+def test_the_memory_estimate_is_near_what_autograd_keeps():
+    config = ModelConfig(vocab_size=2000, d_model=128, n_layers=6, n_heads=4, d_ffn=384, max_seq_len=256, dropout=0.1)
+    model = Transformer(config)
+    tokens = random_tokens(model, 8, 257)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    activations = sum(size for pointer, size in kept.items() if pointer not in weights)
+    estimate = estimate_memory(model, 8, bf16=False) - 16 * count_parameters(model)
+    assert 0.8 < estimate / activations < 1.4  # on the safe side: it holds the logits' gradient too
+    model.gradient_checkpointing = True
+    assert estimate_memory(model, 8, bf16=False) < 0.7 * estimate
+
+
+# Checkpoint files
+
+def make_checkpoint(model: Transformer) -> dict:
+    from config import Config
+    config = Config(model=model.config).to_dict()
+    config["data"]["max_seq_len"] = model.config.max_seq_len
+    return {"model": model.state_dict(), "config": config, "tokenizer": "{}", "iter_num": 3, "epoch": 0.5,
+            "best_val_loss": 1.5}
+
+
+def test_a_checkpoint_comes_back_whole(tmp_path):
+    model = make_model(n_kv_heads=2)
+    path = tmp_path / "deep er" / "größe.pth"
+    save_checkpoint(path, make_checkpoint(model))
+    checkpoint = load_checkpoint(path)
+    again = model_from_checkpoint(checkpoint, path, "cpu")
+    tokens = random_tokens(model)
+    assert torch.equal(again(tokens), model(tokens)) and checkpoint["iter_num"] == 3
+    assert not any(name.startswith(("_orig_mod.", "module.")) for name in checkpoint["model"])
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path, model = tmp_path / "a.pth", make_model()
+    save_checkpoint(path, make_checkpoint(model))
+    before = path.read_bytes()
+
+    def torn(value, file):
+        file.write(b"half a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(OSError):
+        save_checkpoint(path, make_checkpoint(model))
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_is_no_checkpoint_is_told_in_one_line(tmp_path):
+    model = make_model()
+    good, cut, text, other, code, shape = (tmp_path / f"{name}.pth" for name in
+                                           ("good", "cut", "text", "other", "code", "shape"))
+    save_checkpoint(good, make_checkpoint(model))
+    cut.write_bytes(good.read_bytes()[:5000])
+    text.write_text("not a checkpoint", encoding="utf-8")
+    torch.save({"model": {}, "model_args": {}}, other)
+    torch.save({"model": Dangerous()}, code)
+    wrong = make_checkpoint(model)
+    wrong["config"]["model"]["d_ffn"] = 96
+    save_checkpoint(shape, wrong)
+    for path, part in ((tmp_path / "none.pth", "no such checkpoint"), (cut, "damaged"), (text, "damaged"),
+                       (other, "lacks config, tokenizer"), (code, "damaged, or not a checkpoint"),
+                       (shape, "do not fit the model")):
+        with pytest.raises(UserError) as caught:
+            model_from_checkpoint(load_checkpoint(path), path, "cpu")
+        line = str(caught.value)
+        assert line.startswith(str(path)) and part in line and "\n" not in line
+
+
+class Dangerous:
+    def __reduce__(self):
+        return (print, ("code from a file was run",))
+
+
+def test_loading_runs_no_code(tmp_path, capsys):
+    path = tmp_path / "code.pth"
+    torch.save(Dangerous(), path)
+    with pytest.raises(UserError):
+        load_checkpoint(path)
+    assert "was run" not in capsys.readouterr().out

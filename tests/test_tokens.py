@@ -1,0 +1,200 @@
+"""Token files say what they are made from, and batches are cut from them as the loss needs it."""
+
+import dataclasses
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from config import UserError
+from data.stories import open_stories
+from data.tokens import (
+    IGNORED,
+    article_mask,
+    build_token_file,
+    count_windows,
+    make_fingerprint,
+    open_token_file,
+    prepare_tokens,
+    read_batch,
+    token_byte_lengths,
+    training_windows,
+    validation_windows,
+)
+from train_custom_tokenizer import train_tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def corpus(tmp_path, stories, tiny_config):
+    """A function: overrides -> the data section of a config that reads a .txt file of 100 stories."""
+    path = tmp_path / "my stories.txt"
+    path.write_text("\n<|endoftext|>\n".join(stories[:100]), encoding="utf-8")
+    return lambda *more: tiny_config("data.dataset=my stories.txt", "data.validation_fraction=0.2", *more).data
+
+
+def test_the_file_is_every_story_after_a_separator_and_one_at_the_end(corpus, tokenizer):
+    file = prepare_tokens(corpus(), tokenizer, "train")
+    expected = []
+    for story in open_stories(corpus(), "train"):
+        expected += [0, *tokenizer.encode(story, add_special_tokens=False).ids]
+    assert file.tokens.tolist() == [*expected, 0]
+    assert file.tokens.dtype == np.dtype("<u2")
+    assert file.path.read_bytes()[2:4] == expected[1].to_bytes(2, "little")
+
+
+def test_the_counts_are_true(corpus, tokenizer):
+    file = prepare_tokens(corpus(), tokenizer, "train")
+    texts = list(open_stories(corpus(), "train"))
+    assert file.counts["stories"] == len(texts) == file.tokens.tolist().count(0) - 1
+    assert file.counts["bytes"] == sum(len(text.encode("utf-8")) for text in texts)
+    assert file.counts["bytes"] == token_byte_lengths(tokenizer)[file.tokens].sum()
+    words = Counter(word for text in texts for word in text.replace('"', " ").split())
+    articles = sum(words[word] for word in ("a", "an", "the", "A", "An", "The"))
+    assert file.counts["article_tokens"] == pytest.approx(articles, rel=0.02)
+    assert 0.03 < file.counts["article_tokens"] / file.counts["tokens"] < 0.12
+
+
+def test_byte_lengths_add_up_for_any_text(tokenizer):
+    lengths = token_byte_lengths(tokenizer)
+    for text in ("Zoë’s café 🦊", "a b  c\n", "\x00ÿ"):
+        assert lengths[tokenizer.encode(text, add_special_tokens=False).ids].sum() == len(text.encode("utf-8"))
+    assert lengths[:3].tolist() == [0, 0, 0]
+
+
+def test_article_tokens_are_whole_words(tokenizer):
+    found = {tokenizer.decode([i]).strip().lower() for i in np.flatnonzero(article_mask(tokenizer))}
+    assert found == {"a", "an", "the"}
+    assert not article_mask(tokenizer)[tokenizer.token_to_id("a")]  # a piece of a word, more often
+
+
+def test_a_second_opening_reuses_the_file(corpus, tokenizer, capsys):
+    first = prepare_tokens(corpus(), tokenizer, "train")
+    stamp = first.path.stat().st_mtime_ns
+    assert "not there yet" in capsys.readouterr().out
+    second = prepare_tokens(corpus(), tokenizer, "train")
+    assert second.path.stat().st_mtime_ns == stamp and "reused" in capsys.readouterr().out
+    assert second.counts == first.counts
+
+
+def test_a_new_tokenizer_makes_the_file_stale(corpus, tokenizer, stories, capsys):
+    prepare_tokens(corpus(), tokenizer, "train")
+    other = train_tokenizer(stories, 300, show_progress=False)
+    file = prepare_tokens(corpus(), other, "train")
+    assert "stale (tokenizer changed)" in capsys.readouterr().out
+    assert file.tokens.max() < 300
+
+
+def test_changed_stories_make_the_file_stale(corpus, tokenizer, tmp_path, capsys):
+    before = prepare_tokens(corpus(), tokenizer, "train").counts["stories"]
+    with (tmp_path / "my stories.txt").open("a", encoding="utf-8") as file:
+        file.write("".join(f"\n<|endoftext|>\nThe fox found {i} old shoes.\n" for i in range(20)))
+    after = prepare_tokens(corpus(), tokenizer, "train").counts["stories"]
+    assert "stale (source changed)" in capsys.readouterr().out and after > before
+    prepare_tokens(corpus("data.max_stories=3"), tokenizer, "train")
+    assert "stale (source changed)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["no json", "cut json", "cut bin", "no bin", "longer bin", "empty json object"])
+def test_a_damaged_file_is_rebuilt(corpus, tokenizer, damage):
+    file = prepare_tokens(corpus(), tokenizer, "train")
+    good, header = file.tokens.tolist(), file.path.with_suffix(".json")
+    del file  # Windows cannot replace a file that is mapped
+    path = header.with_suffix(".bin")
+    if damage == "no json":
+        header.unlink()
+    elif damage == "cut json":
+        header.write_text(header.read_text(encoding="utf-8")[:50], encoding="utf-8")
+    elif damage == "empty json object":
+        header.write_text("{}", encoding="utf-8")
+    elif damage == "no bin":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-2] if damage == "cut bin" else path.read_bytes() + b"\0\0")
+    fingerprint = make_fingerprint(open_stories(corpus(), "train"), tokenizer)
+    assert open_token_file(path, fingerprint)[0] is None
+    assert prepare_tokens(corpus(), tokenizer, "train").tokens.tolist() == good
+
+
+def test_a_build_that_is_stopped_leaves_nothing_that_is_believed(corpus, tokenizer, tmp_path):
+    stories = open_stories(corpus(), "train")
+    fingerprint = make_fingerprint(stories, tokenizer)
+    broken = dataclasses.replace(stories)
+    path = tmp_path / "x.bin"
+
+    def stop():
+        yield "One story."
+        raise KeyboardInterrupt
+
+    broken._read = stop
+    with pytest.raises(KeyboardInterrupt):
+        build_token_file(broken, tokenizer, path, fingerprint, show_progress=False)
+    assert open_token_file(path, fingerprint)[0] is None
+    assert not list(tmp_path.glob("x.*"))
+
+
+def test_the_header_is_readable_json(corpus, tokenizer):
+    file = prepare_tokens(corpus(), tokenizer, "validation")
+    header = json.loads(file.path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert header["fingerprint"]["separator"] == "<|endoftext|>" and header["fingerprint"]["dtype"] == "uint16"
+    assert header["counts"]["tokens"] == len(file.tokens)
+
+
+# Batches
+
+@pytest.mark.parametrize(("tokens", "seq_len", "windows"), [(1, 4, 0), (4, 4, 0), (5, 4, 1), (8, 4, 1), (9, 4, 2)])
+def test_a_window_needs_one_token_more_than_its_length(tokens, seq_len, windows):
+    assert count_windows(tokens, seq_len) == windows
+
+
+def test_targets_are_the_next_tokens():
+    tokens = np.arange(100, 121, dtype=np.uint16)
+    inputs, targets = read_batch(tokens, np.array([1, 0, 4]), 4, CPU)
+    assert inputs.tolist() == [[104, 105, 106, 107], [100, 101, 102, 103], [116, 117, 118, 119]]
+    assert targets.tolist() == [[105, 106, 107, 108], [101, 102, 103, 104], [117, 118, 119, 120]]
+    assert inputs.dtype == targets.dtype == torch.int64
+
+
+def test_an_epoch_is_every_window_once_in_an_order_of_seed_and_epoch_alone():
+    first, second = training_windows(0, 50, 50, seed=1), training_windows(50, 50, 50, seed=1)
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first.tolist() != second.tolist() != list(range(50))
+    assert training_windows(0, 50, 50, seed=2).tolist() != first.tolist()
+    pieces = [training_windows(p, 7, 50, seed=1) for p in range(0, 105, 7)]  # batches that cross the epochs' ends
+    assert np.concatenate(pieces)[:100].tolist() == [*first, *second]
+
+
+def test_the_order_is_the_documented_one():
+    assert training_windows(3, 2, 10, seed=5).tolist() == np.random.default_rng([5, 0]).permutation(10)[3:5].tolist()
+
+
+def test_validation_predicts_every_token_but_the_first_once():
+    tokens = np.arange(100, 123, dtype=np.uint16)  # 23 tokens: 5 windows of 4 and one of 2
+    windows = validation_windows(len(tokens), 4)
+    inputs, targets = read_batch(tokens, windows, 4, CPU)
+    assert targets[targets != IGNORED].tolist() == list(range(101, 123))
+    assert inputs.shape == targets.shape == (6, 4)
+    assert (targets - inputs)[targets != IGNORED].eq(1).all()
+
+
+def test_a_limited_validation_is_spread_evenly_and_fixed():
+    assert validation_windows(1001, 10, limit=5).tolist() == [0, 24, 49, 74, 99]
+    assert validation_windows(1001, 10, limit=500).tolist() == list(range(100))
+
+
+def test_ids_past_65535_get_four_bytes(stories):
+    class Large:
+        def get_vocab_size(self):
+            return 70_000
+    from data.tokens import _dtype
+    assert _dtype(Large()) == np.uint32
+
+
+def test_an_empty_source_is_one_line(tiny_config, tokenizer, tmp_path):
+    (tmp_path / "empty.txt").write_text("", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        prepare_tokens(tiny_config("data.dataset=empty.txt").data, tokenizer, "train")
+    assert "empty.txt" in str(caught.value) and "\n" not in str(caught.value)
