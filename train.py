@@ -275,7 +275,7 @@ def train(run: Run, train_file: TokenFile, validation: TokenFile, total_steps: i
             bar.update()
             finished, new_epoch = run.iter_num == total_steps, int(run.epoch) > epochs_before
             evaluate_now = finished or (run.iter_num % training.eval_steps == 0 and not signals)
-            save_now = evaluate_now or new_epoch or signals or run.iter_num % training.save_steps == 0
+            save_now = evaluate_now or new_epoch or run.iter_num % training.save_steps == 0
             if save_now or run.iter_num % training.logging_steps == 0:
                 log_steps(run, bar, time.perf_counter() - clock, peak)
                 clock = time.perf_counter()
@@ -292,6 +292,9 @@ def train(run: Run, train_file: TokenFile, validation: TokenFile, total_steps: i
             if save_now:  # the time of saving and evaluating is not training's
                 clock = time.perf_counter()
     if signals and run.iter_num < total_steps:
+        if run.pending:
+            log_steps(run, bar, time.perf_counter() - clock, peak)
+        run.save("checkpoint_latest.pth")
         print(f"stopped at step {run.iter_num:,} of {total_steps:,} and saved. To go on:\n"
               f"  python train.py --checkpoint {run.folder / 'checkpoint_latest.pth'}")
         return 128 + signals[0]

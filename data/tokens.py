@@ -266,17 +266,14 @@ def read_batch(tokens: np.ndarray, windows: np.ndarray, seq_len: int, device: to
     positions = windows[:, None] * seq_len + np.arange(seq_len + 1)  # (batch, seq_len + 1)
     beyond = positions >= len(tokens)
     block = tokens[np.minimum(positions, len(tokens) - 1)].astype(np.int64)  # (batch, seq_len + 1)
-    if beyond.any():
-        block[beyond] = 0
-    batch = torch.from_numpy(block)
-    if device.type == "cuda":
-        batch = batch.pin_memory().to(device, non_blocking=True)
-    else:
-        batch = batch.to(device)
-    inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()  # the one shift
-    if beyond.any():
-        targets[torch.from_numpy(beyond[:, 1:]).to(device)] = IGNORED
-    return inputs, targets
+    inputs = np.where(beyond, 0, block)[:, :-1]
+    targets = np.where(beyond, IGNORED, block)[:, 1:]  # the one shift
+
+    def move(array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+    return move(inputs), move(targets)
 
 
 def validation_windows(num_tokens: int, seq_len: int, limit: int = 0) -> np.ndarray:

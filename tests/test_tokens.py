@@ -174,9 +174,13 @@ def test_the_order_is_the_documented_one():
 def test_validation_predicts_every_token_but_the_first_once():
     tokens = np.arange(100, 123, dtype=np.uint16)  # 23 tokens: 5 windows of 4 and one of 2
     windows = validation_windows(len(tokens), 4)
-    inputs, targets = read_batch(tokens, windows, 4, CPU)
+    together = read_batch(tokens, windows, 4, CPU)
+    one_by_one = [read_batch(tokens, windows[i:i + 1], 4, CPU) for i in range(6)]
+    assert all(torch.equal(torch.cat(one), many) for one, many in zip(zip(*one_by_one), together))
+    inputs, targets = together
     assert targets[targets != IGNORED].tolist() == list(range(101, 123))
     assert inputs.shape == targets.shape == (6, 4)
+    assert inputs[-1].tolist() == [120, 121, 122, 0]
     assert (targets - inputs)[targets != IGNORED].eq(1).all()
 
 
