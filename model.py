@@ -167,14 +167,20 @@ class Transformer(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Normal with std 0.02; the projections that write into the residual stream smaller, as GPT-2 does.
+        """Normal, with a std that follows the width: a fixed 0.02 suits one width and holds back narrow models.
 
-        There are two of them a layer, so 1 / sqrt(2 n_layers) keeps the stream's variance from growing with depth.
+        A projection keeps its input's variance: 1 / sqrt(fan_in). The two of a layer that write into the residual
+        stream, wo and w2, start smaller by sqrt(2 n_layers), so that depth does not raise its variance (GPT-2). The
+        output matrix gives the first logits a variance of 1/2: a first loss of ln(vocab_size) + 1/4. An embedding that
+        is not tied to it is free of that and starts at 1, so that tokens stand out from what the layers add to them.
         """
-        for name, parameter in self.named_parameters():
+        nn.init.normal_(self.tok_embeddings.weight)
+        nn.init.normal_(self.output.weight, std=(2 * self.config.d_model) ** -0.5)  # if tied, the embedding too
+        for name, parameter in self.layers.named_parameters():
             if parameter.dim() == 2:
                 writes_residual = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
-                nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * self.config.n_layers) if writes_residual else 1))
+                scale = (2 * self.config.n_layers) ** -0.5 if writes_residual else 1.0
+                nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
                 reduction: str = "mean") -> Tensor:

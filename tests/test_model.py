@@ -163,7 +163,7 @@ def test_shapes_and_ignored_targets():
     assert loss.item() == pytest.approx(losses.sum().item() / 48, rel=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(448, 7, 7, 1344), (768, 8, 8, 2048), (288, 6, 6, 768), (64, 5, 8, 172)])
+@pytest.mark.parametrize("shape", [(448, 7, 7, 1344), (768, 8, 8, 2048), (288, 6, 6, 768), (160, 3, 5, 432), (64, 5, 8, 172)])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_first_loss_is_ln_of_the_vocabulary(shape, tied):
     d_model, n_layers, n_heads, d_ffn = shape
@@ -173,7 +173,7 @@ def test_the_first_loss_is_ln_of_the_vocabulary(shape, tied):
     tokens = random_tokens(model, 4, 65)
     with torch.no_grad():
         loss = model(tokens[:, :-1], tokens[:, 1:]).item()
-    assert loss == pytest.approx(math.log(config.vocab_size), rel=0.03)
+    assert loss == pytest.approx(math.log(config.vocab_size), rel=0.05)
 
 
 def test_the_main_model_has_the_designs_numbers():
