@@ -156,8 +156,8 @@ def open_output_folder(run: Run) -> None:
     metrics = run.folder / "metrics.jsonl"
     if run.iter_num:
         if metrics.exists():
-            lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.iter_num]
+            lines = metrics.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline is half a line
+            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= run.iter_num]
             metrics.write_text("".join(kept), encoding="utf-8")
         return
     earlier = [*run.folder.glob("*.pth"), *([metrics] if metrics.exists() else [])]
@@ -319,10 +319,12 @@ def prepare_device(run: Run, total_steps: int) -> tuple[Callable[[], Any], Calla
           f"steps in all ({total_steps * windows / run.num_windows:.2f} epochs)")
     for note in schedule_notes(run.config, total_steps):
         print(f"note: {note}")
-    example = torch.zeros((training.batch_size, m.max_seq_len), dtype=torch.int64, device=run.device)
+    shape = (training.batch_size, m.max_seq_len)
+    # two tensors: torch.compile would make a special case of targets that are the inputs, and compile again afterwards
+    example = tuple(torch.zeros(shape, dtype=torch.int64, device=run.device) for _ in range(2))
     with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):  # the trial draws dropout
         forward, compile_note = choose_compile(
-            run.model, lambda compiled: accumulate_gradients(compiled, precision, [(example, example)]), run.device,
+            run.model, lambda compiled: accumulate_gradients(compiled, precision, [example]), run.device,
             training.use_compile, remaining * windows * m.max_seq_len * flops)
     print(f"plan: {run.device.type}, {precision_note}, {compile_note}")
     return precision, forward
@@ -363,8 +365,9 @@ def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | 
     remaining = config.training.num_epochs * num_windows - run.position
     total_steps = config.training.max_steps or run.iter_num + max(0, math.ceil(remaining / windows))
     if run.iter_num >= total_steps:
-        raise UserError(f"{checkpoint_path}: has done its {run.iter_num:,} steps already: raise --num_epochs, or tell "
-                        "stories with generate.py")
+        longer = "--set training.max_steps" if config.training.max_steps else "--num_epochs"
+        raise UserError(f"{checkpoint_path}: has done its {run.iter_num:,} steps already: raise {longer} to go on, or "
+                        "tell stories with generate.py")
     open_output_folder(run)
     start = time.perf_counter()
     status = train(run, *files, total_steps)
@@ -380,9 +383,10 @@ def say_goodbye(run: Run, seconds: float, config_path: Path | None) -> None:
     story = next((story for story in stories if story.ended), stories[0])
     best = run.folder / "best_model.pth"
     print(f"\ndone: {run.iter_num:,} steps in {seconds / 60:.1f} minutes, best validation loss {run.best_val_loss:.4f}"
-          f"\n\n{story.text}\n\nnext:\n  python generate.py --checkpoint {best} --num_samples 3"
-          f"\n  python train.py --checkpoint {run.folder / 'checkpoint_latest.pth'} "
-          f"--num_epochs {run.config.training.num_epochs + 1}")
+          f"\n\n{story.text}\n\nnext:\n  python generate.py --checkpoint {best} --num_samples 3")
+    if not run.config.training.max_steps:
+        print(f"  python train.py --checkpoint {run.folder / 'checkpoint_latest.pth'} "
+              f"--num_epochs {run.config.training.num_epochs + 1}")
     if config_path in (None, QUICKSTART):
         print(f"  python train.py --config {MAIN_CONFIG.relative_to(MAIN_CONFIG.parent.parent).as_posix()}   "
               "(the real model: wants a GPU)")

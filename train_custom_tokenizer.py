@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def tokenizer_report(tokenizer: Tokenizer, vocab_size: int, held_out: list[str])
         ids = tokenizer.encode(article, add_special_tokens=False).ids
         articles.append(f"'{article}' {ids[0]}" if len(ids) == 1 else f"'{article}' takes {len(ids)} tokens")
     return [size, f"bytes per token: {num_bytes / max(1, num_tokens):.2f} on {len(held_out):,} held-out stories",
-            f"articles, one token each: {', '.join(articles)}",
+            f"articles (right: one token each): {', '.join(articles)}",
             f"round trip: {len(held_out) - wrong:,} of {len(held_out):,} held-out stories come back byte for byte"]
 
 
@@ -85,7 +86,8 @@ def make_tokenizer(config: Config, folder: str | Path) -> Tokenizer:
     print(f"tokenizer: training {config.model.vocab_size:,} tokens on up to {config.tokenizer.max_samples:,} stories "
           f"of {stories.name}")
     tokenizer = train_tokenizer(itertools.islice(stories, config.tokenizer.max_samples), config.model.vocab_size,
-                                config.tokenizer.min_frequency, config.training.show_progress)
+                                config.tokenizer.min_frequency,
+                                config.training.show_progress and sys.stderr.isatty())
     held_out = list(itertools.islice(open_stories(config.data, "validation"), REPORT_STORIES))
     for line in tokenizer_report(tokenizer, config.model.vocab_size, held_out):
         print(f"tokenizer: {line}")

@@ -66,7 +66,7 @@ class TrainingConfig:
     use_bf16: bool = True  # where the device is faster with it; float32 elsewhere
     use_gradient_checkpointing: bool = False
     use_compile: Literal["auto"] | bool = "auto"
-    eval_steps: Positive = 500
+    eval_steps: Positive = 1000
     eval_samples: Count = 0  # validation windows per evaluation, evenly spread; 0 = all
     early_stopping_patience: Positive | None = None  # evaluations without a better loss; null: never stop early
     save_steps: Positive = 500

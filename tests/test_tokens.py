@@ -176,7 +176,8 @@ def test_validation_predicts_every_token_but_the_first_once():
     windows = validation_windows(len(tokens), 4)
     together = read_batch(tokens, windows, 4, CPU)
     one_by_one = [read_batch(tokens, windows[i:i + 1], 4, CPU) for i in range(6)]
-    assert all(torch.equal(torch.cat(one), many) for one, many in zip(zip(*one_by_one), together))
+    for one, many in zip(zip(*one_by_one, strict=True), together, strict=True):
+        assert torch.equal(torch.cat(one), many)
     inputs, targets = together
     assert targets[targets != IGNORED].tolist() == list(range(101, 123))
     assert inputs.shape == targets.shape == (6, 4)

@@ -184,7 +184,7 @@ def test_evaluation_is_the_exact_mean_over_the_whole_split(tiny_config, tokenize
 # The whole road
 
 def metrics(folder, kind):
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").strip().split("\n")
     return [entry for entry in map(json.loads, lines) if entry["type"] == kind]
 
 
@@ -307,7 +307,8 @@ def test_eval_only_and_wrong_input(tmp_path):
     out, error = looked.communicate()
     assert looked.returncode == 0 and "validation loss" in out and "Once upon a time there was" in out, error
     for arguments, part in ((["--set", "model.d_modle=3"], "d_model"),
-                            (["--checkpoint", "no.pth"], "no such checkpoint"), (["--config", "no.yaml"], "no such file"),
+                            (["--checkpoint", "no.pth"], "no such checkpoint"),
+                            (["--config", "no.yaml"], "no such file"),
                             (["--num_epochs", "0"], "at least 1"),
                             (["--set", "data.dataset=no/such/place.txt"], "no such file")):
         wrong = start_script(tmp_path, *arguments)
