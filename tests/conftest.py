@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
+
+# before torch is loaded: in a tiny model threads mostly wait for each other, and on a busy machine for very long
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 from tokenizers import Tokenizer
