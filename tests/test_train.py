@@ -76,9 +76,9 @@ def test_a_batch_holds_every_pair_of_neighbours_once():
 
 def test_the_schedule_is_the_hand_computed_one():
     cosine = SchedulerConfig(type="cosine", warmup_steps=10, min_lr=1e-4)
-    rates = [learning_rate(step, 1e-3, 110, cosine) for step in (1, 5, 10, 35, 60, 85, 110, 150)]
+    rates = [learning_rate(step, 1e-3, 110, cosine) for step in (1, 5, 9, 10, 35, 60, 85, 110, 150)]
     half = math.cos(math.pi / 4)
-    expected = [1e-4, 5e-4, 1e-3, 1e-4 + 9e-4 * (1 + half) / 2, 5.5e-4, 1e-4 + 9e-4 * (1 - half) / 2, 1e-4, 1e-4]
+    expected = [1e-4, 5e-4, 9e-4, 1e-3, 1e-4 + 9e-4 * (1 + half) / 2, 5.5e-4, 1e-4 + 9e-4 * (1 - half) / 2, 1e-4, 1e-4]
     assert rates == pytest.approx(expected)
     linear = SchedulerConfig(type="linear", warmup_steps=10, min_lr=1e-4)
     rates = [learning_rate(step, 1e-3, 110, linear) for step in (5, 10, 60, 110)]
