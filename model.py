@@ -270,9 +270,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     with path.open("rb") as file:
         try:
             checkpoint = torch.load(file, map_location=device, weights_only=True)
-        except Exception as error:  # on a bad file torch raises RuntimeError, UnpicklingError, EOFError, even OSError
-            reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
-            raise UserError(f"{path}: damaged, or not a checkpoint ({reason})") from None
+        except Exception:  # on a bad file torch raises RuntimeError, UnpicklingError, EOFError, even OSError
+            raise UserError(f"{path}: damaged, or not a checkpoint; use another one, such as best_model.pth") from None
     missing = [key for key in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise UserError(f"{path}: not a checkpoint of this project: it lacks {', '.join(missing)}")

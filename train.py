@@ -121,10 +121,7 @@ class Run:
                 "evaluations_without_gain": self.evaluations_without_gain, "rng": rng}
 
     def restore(self, checkpoint: dict[str, Any], source: Path) -> None:
-        """Continue where the checkpoint stopped. Raises UserError if it belongs to another model or tokenizer."""
-        if tokenizer_from_json(checkpoint["tokenizer"], str(source)).to_str() != self.tokenizer.to_str():
-            raise UserError(f"{source}: was trained with another tokenizer than {self.config.data.tokenizer_path}: "
-                            "set data.tokenizer_path to the one that it was trained with")
+        """Continue where the checkpoint stopped. Raises UserError if that cannot be."""
         load_weights(self.model, checkpoint, source)
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -319,6 +316,11 @@ def prepare_device(run: Run, total_steps: int) -> tuple[Callable[[], Any], Calla
           f"steps in all ({total_steps * windows / run.num_windows:.2f} epochs)")
     for note in schedule_notes(run.config, total_steps):
         print(f"note: {note}")
+    before = run.optimizer.param_groups[0]["lr"]
+    after = learning_rate(run.iter_num + 1, run.config.optimizer.learning_rate, total_steps, run.config.scheduler)
+    if run.iter_num and after > 1.1 * before:
+        print(f"note: the schedule now spans {total_steps:,} steps, so the learning rate goes up from {before:.1e} to "
+              f"{after:.1e}: the loss rises at first")
     shape = (training.batch_size, m.max_seq_len)
     # two tensors: torch.compile would make a special case of targets that are the inputs, and compile again afterwards
     example = tuple(torch.zeros(shape, dtype=torch.int64, device=run.device) for _ in range(2))
@@ -347,7 +349,11 @@ def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | 
     """From a config to a trained model: tokenizer, token files, model, training, and a story at the end."""
     device = choose_device(config.hardware.device)
     checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
-    tokenizer = ensure_tokenizer(config)
+    if checkpoint:  # it brings its own tokenizer, whatever became of the folder
+        check_same_model(config, checkpoint, checkpoint_path)
+        tokenizer = tokenizer_from_json(checkpoint["tokenizer"], str(checkpoint_path))
+    else:
+        tokenizer = ensure_tokenizer(config)
     files = [prepare_tokens(config.data, tokenizer, split, config.training.show_progress)
              for split in ("train", "validation")]
     num_windows = count_windows(len(files[0].tokens), config.model.max_seq_len)
@@ -374,6 +380,16 @@ def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | 
     if status == 0:
         say_goodbye(run, time.perf_counter() - start, config_path)
     return status
+
+
+def check_same_model(config: Config, checkpoint: dict[str, Any], source: Path) -> None:
+    """Raise UserError, before any work is done, if the checkpoint's model is not the config's."""
+    theirs = config_from_dict(checkpoint["config"], str(source)).model
+    for key, value in config.to_dict()["model"].items():
+        free = key in ("dropout", "max_seq_len", "use_flash_attention")  # no weight depends on these
+        if not free and getattr(theirs, key) != value:
+            raise UserError(f"{source}: model.{key} is {getattr(theirs, key)} there, but {value} in the config: "
+                            "without --config, the checkpoint's own is used")
 
 
 def say_goodbye(run: Run, seconds: float, config_path: Path | None) -> None:

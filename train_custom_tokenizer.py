@@ -107,7 +107,10 @@ def ensure_tokenizer(config: Config) -> Tokenizer:
         raise UserError(f"{path}: has {size:,} tokens, but model.vocab_size is {wanted:,}: raise vocab_size, or set "
                         "data.tokenizer_path to a new folder, where a smaller one is then trained")
     print(f"tokenizer: {path}: reused, {size:,} tokens"
-          + (f" (model.vocab_size is {wanted:,}: the rows beyond stay unused)" if size < wanted else ""))
+          + (f"; model.vocab_size is {wanted:,}, the rows beyond stay unused" if size < wanted else ""))
+    if size < wanted / 2:
+        print(f"warning: that is less than half of model.vocab_size: if {path} was trained on other stories or for "
+              "another size, set data.tokenizer_path to a new folder")
     return tokenizer
 
 
@@ -125,7 +128,10 @@ def main() -> None:
              "data.dataset": args.dataset}
     given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]  # JSON is YAML, quoted
     config = load_config(args.config or MAIN_CONFIG, args.overrides + given)
-    make_tokenizer(config, config.data.tokenizer_path)
+    path = Path(config.data.tokenizer_path).expanduser()
+    if (path / "tokenizer.json").exists():  # token files and runs may rest on it
+        raise UserError(f"{path}: holds a tokenizer already, which is kept: name another folder with --output_dir")
+    make_tokenizer(config, path)
 
 
 if __name__ == "__main__":

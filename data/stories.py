@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import glob
 import hashlib
+import logging
 import os
 import re
 from collections import Counter
@@ -161,6 +162,8 @@ def _open_rows(title: str, source: str | Path, data: DataConfig) -> dict[str, St
     """A hub id, or the folder of a save_to_disk(): both open as a data set of the `datasets` library."""
     import datasets
 
+    # its retries are many lines; what comes of them is one
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     saved = isinstance(source, Path)
     try:
         loaded = datasets.load_from_disk(str(source)) if saved else datasets.load_dataset(source)

@@ -115,8 +115,8 @@ def prepare_tokens(data: DataConfig, tokenizer: Tokenizer, split: str, show_prog
     """Open the token file of a split ("train" or "validation"); build it first if it is missing, stale or damaged."""
     stories = open_stories(data, split)
     corpus = data.validation if split == "validation" and data.validation else data.dataset
-    parts = (Path(corpus).name, split, Path(data.tokenizer_path).name)
-    path = Path(data.cache_dir).expanduser() / (re.sub(r"[^A-Za-z0-9._-]+", "-", ".".join(parts))[-100:] + ".bin")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(Path(corpus).parts[-2:])).strip("-.")[-60:]
+    path = Path(data.cache_dir).expanduser() / f"{name}.{split}.{Path(data.tokenizer_path).name}.bin"
     fingerprint = make_fingerprint(stories, tokenizer)
     found, reason = open_token_file(path, fingerprint)
     if found is None:

@@ -111,6 +111,9 @@ def test_the_script_as_the_user_calls_it(tmp_path):
     assert done.returncode == 0, done.stderr
     assert load_tokenizer(tmp_path / "my tokenizer").get_vocab_size() == 400
     assert "vocabulary: 400 tokens" in done.stdout and "come back byte for byte" in done.stdout
+    again = subprocess.run([sys.executable, str(REPO / "train_custom_tokenizer.py"), "--output_dir", "my tokenizer"],
+                           cwd=tmp_path, capture_output=True, encoding="utf-8")
+    assert again.returncode == 2 and "holds a tokenizer already" in again.stderr and again.stderr.count("\n") == 1
     wrong = subprocess.run([sys.executable, str(REPO / "train_custom_tokenizer.py"), "--vocab_size", "12"],
                            cwd=tmp_path, capture_output=True, encoding="utf-8")
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1

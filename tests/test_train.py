@@ -239,12 +239,24 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny_config, tmp_pa
 def test_a_checkpoint_of_another_shape_or_tokenizer_is_refused(tiny_config, tmp_path):
     assert start_run(tiny_config("training.max_steps=1", "training.output_dir=a"), None, None) == 0
     other = ["data.tokenizer_path=tokenizer/other", "model.vocab_size=400"]
-    for changes, part in ((["model.d_ffn=96"], "do not fit"), (other, "another tokenizer")):
+    for changes, part in ((["model.d_ffn=96"], "model.d_ffn is 64 there, but 96"),
+                          (other, "model.vocab_size is 512 there, but 400")):
         config = tiny_config(*changes, "training.output_dir=b")
         with pytest.raises(UserError) as caught:
             start_run(config, None, tmp_path / "a" / "checkpoint_latest.pth")
         assert part in str(caught.value) and "\n" not in str(caught.value)
-    assert not (tmp_path / "b").exists()
+    assert not (tmp_path / "b").exists() and not (tmp_path / "tokenizer" / "other").exists()
+
+
+def test_a_resumed_run_keeps_its_own_tokenizer(tiny_config, tmp_path, capsys):
+    assert start_run(tiny_config("training.max_steps=1", "training.output_dir=a"), None, None) == 0
+    (tmp_path / "tokenizer" / "tiny" / "tokenizer.json").unlink()
+    latest = tmp_path / "a" / "checkpoint_latest.pth"
+    own = load_checkpoint(latest)["tokenizer"]
+    config = tiny_config("training.max_steps=3", "training.output_dir=a", "scheduler.warmup_steps=0")
+    assert start_run(config, None, latest) == 0
+    assert load_checkpoint(latest)["tokenizer"] == own
+    assert "the learning rate goes up from 6.0e-04" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny_config, tmp_path, monkeypatch):
