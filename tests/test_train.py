@@ -256,6 +256,7 @@ def test_a_resumed_run_keeps_its_own_tokenizer(tiny_config, tmp_path, capsys):
     config = tiny_config("training.max_steps=3", "training.output_dir=a", "scheduler.warmup_steps=0")
     assert start_run(config, None, latest) == 0
     assert load_checkpoint(latest)["tokenizer"] == own
+    assert not (tmp_path / "tokenizer" / "tiny" / "tokenizer.json").exists()  # so it was not trained anew
     assert "the learning rate goes up from 6.0e-04" in capsys.readouterr().out
 
 
