@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from config import Config, config_from_dict, run_script
 from config.hardware import choose_device, choose_precision
+from config.ranks import ALONE, Ranks
+from data.checkpoints import load_checkpoint
 from data.tokens import (
     IGNORED,
     TokenFile,
@@ -30,22 +32,24 @@ from data.tokens import (
     validation_windows,
 )
 from generate import newest_checkpoint, tell_stories
-from model import Transformer, load_checkpoint, model_from_checkpoint
+from model import Transformer, model_from_checkpoint
 
 
 @torch.no_grad()
 def evaluate(model: Transformer, validation: TokenFile, tokenizer: Tokenizer, config: Config, device: torch.device,
-             precision: Callable[[], Any], limit: int = 0) -> dict[str, float]:
+             precision: Callable[[], Any], limit: int = 0, ranks: Ranks = ALONE) -> dict[str, float]:
     """A pass over fixed windows of the validation split: all of them, the incomplete last included, or `limit`.
+
+    Each rank takes its share of them, and all get the whole result.
 
     Returns val_loss (nats per token), perplexity, bits_per_byte (of the text: the separators' bits count, but they
     have no bytes), article_loss (nats per token whose truth is an article), other_loss, val_tokens.
     """
     seq_len, batch_size = config.model.max_seq_len, config.training.batch_size
-    windows = validation_windows(len(validation.tokens), seq_len, limit)
+    windows = validation_windows(len(validation.tokens), seq_len, limit)[ranks.rank::ranks.count]
     byte_lengths = torch.from_numpy(token_byte_lengths(tokenizer)).to(device)  # (tokenizer's size,)
     is_article = torch.from_numpy(article_mask(tokenizer)).to(device)  # (tokenizer's size,)
-    sums = []
+    sums = [torch.zeros(5, device=device)]
     model.eval()
     for start in tqdm(range(0, len(windows), batch_size), desc="evaluate", leave=False, unit="batch",
                       disable=None if config.training.show_progress else True):
@@ -58,7 +62,8 @@ def evaluate(model: Transformer, validation: TokenFile, tokenizer: Tokenizer, co
         sums.append(torch.stack([losses.sum(), counted.sum(), (byte_lengths[truth] * counted).sum(),
                                  (losses * articles).sum(), articles.sum()]))
     model.train()
-    nats, tokens, num_bytes, article_nats, article_tokens = torch.stack(sums).cpu().double().sum(dim=0).tolist()
+    total = ranks.sum(torch.stack(sums).cpu().double().sum(dim=0))  # (5,)
+    nats, tokens, num_bytes, article_nats, article_tokens = total.tolist()
     loss = nats / tokens
     return {"val_loss": loss, "perplexity": math.exp(min(loss, 700.0)),
             "bits_per_byte": nats / math.log(2) / max(1.0, num_bytes),

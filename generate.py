@@ -23,8 +23,9 @@ from torch import Tensor
 from config import UserError, config_from_dict, run_script
 from config.hardware import choose_device
 from config.schema import SamplingConfig
+from data.checkpoints import load_checkpoint
 from data.tokens import END_OF_STORY, tokenizer_from_json
-from model import KVCache, Transformer, load_checkpoint, model_from_checkpoint
+from model import KVCache, Transformer, model_from_checkpoint
 
 GOOD_LOSS = 2.0  # nats per token; above it, a model on TinyStories still makes mistakes in grammar
 BATCH_SIZE = 32  # stories told at once

@@ -3,13 +3,14 @@
 The names are Meta's (tok_embeddings, layers.N.attention.wq, feed_forward.w1, ...), which converters know. The model
 never shifts its targets: targets[t] is what it must predict at position t (data/tokens.py cuts them so).
 
-Below the model: its parameter and FLOP counts, and reading and writing a checkpoint file.
+Below the model: its parameter and FLOP counts, and the way back from a checkpoint (data/checkpoints.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -242,43 +243,37 @@ def estimate_memory(model: Transformer, batch_size: int, bf16: bool) -> float:
     return 16 * count_parameters(model) + batch_size * m.max_seq_len * (layers + logits)
 
 
-# Checkpoint files
+# When numbers go wrong
 
-CHECKPOINT_FORMAT = 1
-CHECKPOINT_KEYS = ("model", "config", "tokenizer", "iter_num", "epoch", "best_val_loss")
+@contextlib.contextmanager
+def find_non_finite(model: Transformer) -> Iterator[list[str]]:
+    """Watch forward and backward passes: the list fills with what was not finite, in the order of computation."""
+    faults: list[str] = []
 
+    def check(tensor: Tensor, what: str) -> None:
+        if not tensor.isfinite().all():
+            faults.append(what)
 
-def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write a dict of tensors and plain values. Whatever stops it, `path` holds the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    def watch(name: str) -> Callable:
+        def look(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            check(output, f"the output of {name}")
+            if output.requires_grad:
+                output.register_hook(lambda gradient: check(gradient, f"the gradient of {name}'s output"))
+        return look
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()
+               if name and not isinstance(module, nn.ModuleList)]
+    for name, parameter in model.named_parameters():
+        check(parameter, f"the weights {name}")
+        handles.append(parameter.register_hook(lambda gradient, name=name: check(gradient, f"the gradient of {name}")))
     try:
-        with part.open("wb") as file:
-            torch.save({"format": CHECKPOINT_FORMAT, **checkpoint}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        yield faults
     finally:
-        part.unlink(missing_ok=True)
+        for handle in handles:
+            handle.remove()
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint; nothing in the file is run. Raises UserError if it is missing, damaged or not one of ours."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; train.py writes checkpoint_latest.pth to training.output_dir")
-    with path.open("rb") as file:
-        try:
-            checkpoint = torch.load(file, map_location=device, weights_only=True)
-        except Exception:  # on a bad file torch raises RuntimeError, UnpicklingError, EOFError, even OSError
-            raise UserError(f"{path}: damaged, or not a checkpoint; use another one, such as best_model.pth") from None
-    missing = [key for key in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
-    if missing:
-        raise UserError(f"{path}: not a checkpoint of this project: it lacks {', '.join(missing)}")
-    if checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise UserError(f"{path}: checkpoint format {checkpoint.get('format')}, this program reads {CHECKPOINT_FORMAT}")
-    return checkpoint
-
+# From a checkpoint
 
 def model_from_checkpoint(checkpoint: dict[str, Any], source: str | Path, device: torch.device | str) -> Transformer:
     """Build the model that a checkpoint describes and give it its weights; in eval mode. Raises UserError."""

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import dataclasses
 import math
 import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,63 +28,60 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import Config, UserError, add_config_arguments, config_from_dict, load_config, run_script
-from config.cli import MAIN_CONFIG, QUICKSTART
+from config.cli import MAIN_CONFIG, QUICKSTART, deferred_interrupts
 from config.hardware import choose_compile, choose_device, choose_precision, peak_flops
-from config.schema import SchedulerConfig
-from data.tokens import TokenFile, count_windows, prepare_tokens, read_batch, tokenizer_from_json, training_windows
+from config.ranks import ALONE, Ranks, join_ranks
+from config.schedule import learning_rate, schedule_notes
+from data.checkpoints import BEST, LATEST, RunFolder, check_resumable, hold_folder, load_checkpoint
+from data.tokens import (
+    TokenFile,
+    count_windows,
+    dropout_seed,
+    prepare_tokens,
+    read_batch,
+    tokenizer_from_json,
+    training_windows,
+)
 from evaluate import describe_evaluation, evaluate, evaluate_checkpoint, sample_stories
 from generate import tell_stories
-from model import (
-    Transformer,
-    count_parameters,
-    estimate_memory,
-    flops_per_token,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-)
+from model import Transformer, count_parameters, estimate_memory, find_non_finite, flops_per_token, load_weights
 from train_custom_tokenizer import ensure_tokenizer
-
-# The recipe
-
-def learning_rate(step: int, peak: float, total_steps: int, scheduler: SchedulerConfig) -> float:
-    """The rate of step 1 .. total_steps: linear warm-up to `peak`, then the schedule, min_lr from its last step on."""
-    decay_steps = scheduler.lr_decay_iters or total_steps
-    if step <= scheduler.warmup_steps:
-        return peak * step / scheduler.warmup_steps
-    if scheduler.type == "constant":
-        return peak
-    progress = min(1.0, (step - scheduler.warmup_steps) / max(1, decay_steps - scheduler.warmup_steps))
-    share = 0.5 * (1 + math.cos(math.pi * progress)) if scheduler.type == "cosine" else 1 - progress
-    return scheduler.min_lr + share * (peak - scheduler.min_lr)
 
 
 def make_optimizer(model: Transformer, config: Config) -> torch.optim.AdamW:
-    """AdamW, fused where torch has it for the device. Weight decay acts on matrices only: a norm's gain has none."""
+    """Fused AdamW (torch has it for cuda, mps and cpu). Weight decay acts on matrices only: a norm's gain has none."""
     opt = config.optimizer
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": opt.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    settings = {"lr": opt.learning_rate, "betas": (opt.adam_beta1, opt.adam_beta2), "eps": opt.adam_epsilon}
-    try:
-        return torch.optim.AdamW(groups, fused=True, **settings)
-    except RuntimeError:  # no fused kernel for this device
-        return torch.optim.AdamW(groups, **settings)
+    return torch.optim.AdamW(groups, lr=opt.learning_rate, betas=(opt.adam_beta1, opt.adam_beta2),
+                             eps=opt.adam_epsilon, fused=True)
 
 
-def accumulate_gradients(loss_function: Callable[[Tensor, Tensor], Tensor], precision: Callable[[], Any],
-                         batches: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Backward over equal micro-batches so that .grad is that of their mean loss. Returns that loss, float32, ()."""
+def accumulate_gradients(forward: Callable[[Tensor, Tensor], Tensor], precision: Callable[[], Any],
+                         batches: Sequence[tuple[Tensor, Tensor]], seeds: Sequence[int] = ()) -> Tensor:
+    """Backward over equal micro-batches so that .grad is that of their mean loss. Returns that loss, float32, ().
+
+    seeds: one for each micro-batch, for its dropout. A DistributedDataParallel forward averages over the ranks, once.
+    """
     total = torch.zeros((), device=batches[0][0].device)
-    for inputs, targets in batches:
-        with precision():
-            loss = loss_function(inputs, targets) / len(batches)
-        loss.backward()
+    for index, (inputs, targets) in enumerate(batches):
+        if seeds:
+            torch.manual_seed(seeds[index])
+        last = index == len(batches) - 1
+        with contextlib.nullcontext() if last or not hasattr(forward, "no_sync") else forward.no_sync():
+            with precision():
+                loss = forward(inputs, targets) / len(batches)
+            loss.backward()
         total += loss.detach()
     return total
 
 
-# The run and its files
+# The run
+
+CARRIED = ("iter_num", "position", "best_val_loss", "evaluations_without_gain", "evaluated", "completed", "unlogged",
+           "norms")  # what a checkpoint holds of a Run, beside its weights and optimizer
+
 
 @dataclass
 class Run:
@@ -95,301 +92,317 @@ class Run:
     model: Transformer
     optimizer: torch.optim.Optimizer
     device: torch.device
-    num_windows: int  # of one epoch
+    train_file: TokenFile
+    folder: RunFolder | None = None
+    ranks: Ranks = ALONE
+    precision: Callable[[], Any] = contextlib.nullcontext
     iter_num: int = 0  # steps done
     position: int = 0  # windows trained on, all epochs counted
     best_val_loss: float = math.inf
     evaluations_without_gain: int = 0
-    pending: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)  # step, loss, gradient norm; not yet read
+    evaluated: int = 0  # the step of the last evaluation
+    completed: int = 0  # the step at which the whole run was done
+    unread: list[tuple[int, int, Tensor, Tensor]] = field(default_factory=list)  # step, position, loss, gradient norm
+    unlogged: list[tuple[int, float, float]] = field(default_factory=list)  # step, loss, gradient norm
+    norms: list[float] = field(default_factory=list)  # the last gradient norms
+    broken: Tensor | None = None  # float32, (): 1 once a gradient was not finite; from then on no step changes a weight
+    saved: int = -1  # the step at which LATEST was last written
+    paused: float = 0.0  # seconds spent on saving and evaluating since the last log
+
+    @property
+    def num_windows(self) -> int:
+        """Of one epoch."""
+        return count_windows(len(self.train_file.tokens), self.config.model.max_seq_len)
+
+    @property
+    def step_windows(self) -> int:
+        """Of one step, on all ranks together."""
+        return self.config.training.batch_size * self.config.training.gradient_accumulation_steps
 
     @property
     def epoch(self) -> float:
         """Passes over the training split so far; 1.0 is one."""
         return self.position / self.num_windows
 
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.training.output_dir).expanduser()
-
     def state(self) -> dict[str, Any]:
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
         return {"model": self.model.state_dict(), "config": self.config.to_dict(), "tokenizer": self.tokenizer.to_str(),
-                "iter_num": self.iter_num, "epoch": self.epoch, "best_val_loss": self.best_val_loss,
-                "optimizer": self.optimizer.state_dict(), "position": self.position,
-                "evaluations_without_gain": self.evaluations_without_gain, "rng": rng}
+                "epoch": self.epoch, "optimizer": self.optimizer.state_dict(), "train_digest": self.train_file.digest,
+                "metrics_size": self.folder.metrics_size, **{name: getattr(self, name) for name in CARRIED}}
 
     def restore(self, checkpoint: dict[str, Any], source: Path) -> None:
         """Continue where the checkpoint stopped. Raises UserError if that cannot be."""
         load_weights(self.model, checkpoint, source)
+        settings = [{key: group[key] for key in ("betas", "eps", "weight_decay")}
+                    for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.iter_num, self.position = checkpoint["iter_num"], checkpoint["position"]
-            self.best_val_loss = checkpoint["best_val_loss"]
-            self.evaluations_without_gain = checkpoint["evaluations_without_gain"]
-            torch.set_rng_state(checkpoint["rng"]["cpu"])
-            if self.device.type == "cuda" and "cuda" in checkpoint["rng"]:
-                torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], self.device)
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{source}: cannot be resumed from ({error}); it still works with generate.py") from None
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{source}: its optimizer is not this one ({error})") from None
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)  # the config's, which may have changed, not the checkpoint's
+        for name in CARRIED:
+            setattr(self, name, checkpoint[name])
 
-    def save(self, name: str) -> None:
-        save_checkpoint(self.folder / name, self.state())
+    def save(self, name: str) -> bool:
+        """Write a checkpoint file, and say whether that worked. All ranks call it, the first one writes."""
+        read_losses(self)  # what is saved is known to be sound
+        with self.pause():
+            worked = bool(self.ranks.of_first(self.folder.save(name, self.state)))
+            self.folder.keep_newest(self.config.training.keep_checkpoints)
+        if worked and name == LATEST:
+            self.saved = self.iter_num
+        return worked
 
-
-def record(run: Run, entry: dict[str, Any]) -> None:
-    """Append a line to metrics.jsonl."""
-    with (run.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
-
-def open_output_folder(run: Run) -> None:
-    """Make the folder ready: on a resume cut metrics.jsonl back to the checkpoint's step, else clear the way.
-
-    The files of an earlier run go to previous/, which holds one run: starting anew by mistake loses nothing.
-    """
-    run.folder.mkdir(parents=True, exist_ok=True)
-    metrics = run.folder / "metrics.jsonl"
-    if run.iter_num:
-        if metrics.exists():
-            lines = metrics.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline is half a line
-            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= run.iter_num]
-            metrics.write_text("".join(kept), encoding="utf-8")
-        return
-    earlier = [*run.folder.glob("*.pth"), *([metrics] if metrics.exists() else [])]
-    if earlier:
-        previous = run.folder / "previous"
-        previous.mkdir(exist_ok=True)
-        for path in previous.iterdir():
-            path.unlink()
-        for path in earlier:
-            path.replace(previous / path.name)
-        print(f"output: {run.folder} held an earlier run: moved to {previous} (to go on with one, use --checkpoint)")
-
-
-@contextlib.contextmanager
-def deferred_interrupts() -> Iterator[list[int]]:
-    """Let Ctrl-C and SIGTERM wait: the list holds the signal once one came. A second one leaves at once."""
-    received: list[int] = []
-
-    def remember(number: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        tqdm.write("stopping after this step (once more: at once, without saving)")
-
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """The time of this block is not training's."""
+        start = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - start
 
 
 # The loop
 
-def read_pending(run: Run) -> float:
-    """Mean loss of the steps since the last call. One wait for the device; raises UserError if one is not finite."""
-    steps, losses, norms = zip(*run.pending, strict=True)
-    values = torch.stack([torch.stack(losses), torch.stack(norms)]).tolist()  # (2, steps)
-    run.pending.clear()
-    for step, loss, norm in zip(steps, *values, strict=True):
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            latest = run.folder / "checkpoint_latest.pth"
-            saved = f"{latest} holds the last good step saved" if latest.exists() else "nothing was saved yet"
-            raise UserError(f"step {step:,}: loss {loss:g}, gradient norm {norm:g}: not finite, so training stopped; "
-                            f"{saved}. Try a lower optimizer.learning_rate or a longer scheduler.warmup_steps")
-    return statistics.fmean(values[0])
-
-
-def train_step(run: Run, forward: Callable, precision: Callable[[], Any], tokens: np.ndarray, total_steps: int) -> None:
-    """One optimizer step on the next batch_size * gradient_accumulation_steps windows."""
-    config, training = run.config, run.config.training
+def train_step(run: Run, forward: Callable, total_steps: int) -> None:
+    """One optimizer step on the next batch_size * gradient_accumulation_steps windows, shared out among the ranks."""
+    config, training, ranks = run.config, run.config.training, run.ranks
     rate = learning_rate(run.iter_num + 1, config.optimizer.learning_rate, total_steps, config.scheduler)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    batches = []
-    for _ in range(training.gradient_accumulation_steps):
-        windows = training_windows(run.position, training.batch_size, run.num_windows, training.seed)
-        batches.append(read_batch(tokens, windows, config.model.max_seq_len, run.device))
-        run.position += training.batch_size
-    loss = accumulate_gradients(forward, precision, batches)
+    starts = range(run.position, run.position + run.step_windows, training.batch_size)[ranks.rank::ranks.count]
+    loss = accumulate_gradients(forward, run.precision, [micro_batch(run, start)[1] for start in starts],
+                                [dropout_seed(training.seed, start) for start in starts])
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.optimizer.max_grad_norm)
+    # the fused optimizer looks at found_inf on the device and leaves all as it is, without any wait for the device
+    bad = (~norm.isfinite()).float()
+    run.broken = bad if run.broken is None else torch.maximum(run.broken, bad)
+    run.optimizer.found_inf = run.broken
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.iter_num += 1
-    run.pending.append((run.iter_num, loss, norm))
+    run.unread.append((run.iter_num, run.position, loss, norm))
+    run.position += run.step_windows
 
 
-def look(run: Run, validation: TokenFile, precision: Callable[[], Any]) -> None:
+def micro_batch(run: Run, start: int) -> tuple[np.ndarray, tuple[Tensor, Tensor]]:
+    """The batch_size windows from position `start` on: their indices, and their inputs and targets on the device."""
+    config = run.config
+    windows = training_windows(start, config.training.batch_size, run.num_windows, config.training.seed)
+    return windows, read_batch(run.train_file.tokens, windows, config.model.max_seq_len, run.device)
+
+
+def read_losses(run: Run) -> None:
+    """Move run.unread to run.unlogged: the one wait for the device. Raises UserError if one is not finite."""
+    if not run.unread:
+        return
+    steps, positions, losses, norms = zip(*run.unread, strict=True)
+    run.unread.clear()
+    mean = run.ranks.sum(torch.stack(losses)) / run.ranks.count  # (steps,)
+    values = torch.stack([mean, torch.stack(norms)]).tolist()  # (2, steps)
+    for step, position, loss, norm in zip(steps, positions, *values, strict=True):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            kept = f"{LATEST} is from an earlier step" if (run.folder.path / LATEST).exists() else "nothing was saved"
+            raise UserError(f"step {step:,}: loss {loss:g}, gradient norm {norm:g}: not finite, so training stopped; "
+                            f"{find_fault(run, position)}; {kept}. Try a lower optimizer.learning_rate, a longer "
+                            "scheduler.warmup_steps or a lower optimizer.max_grad_norm")
+        run.unlogged.append((step, loss, norm))
+
+
+def find_fault(run: Run, position: int) -> str:
+    """Repeat the step that began at `position`: its weights are still there, since no bad gradient changes them.
+
+    Prints the story text that went wrong and returns, as words, the first layer whose output or gradient did.
+    """
+    training = run.config.training
+    with find_non_finite(run.model) as faults:
+        for start in range(position, position + run.step_windows, training.batch_size):
+            windows, (inputs, targets) = micro_batch(run, start)
+            torch.manual_seed(dropout_seed(training.seed, start))
+            with run.precision():
+                losses = run.model(inputs, targets, reduction="none")  # (batch, seq_len)
+            (losses.mean() / training.gradient_accumulation_steps).backward()
+            if faults:
+                worst = int(losses.sum(dim=1).nan_to_num(nan=math.inf).argmax())
+                text = run.tokenizer.decode(inputs[worst].tolist(), skip_special_tokens=False)
+                tqdm.write(f"window {windows[worst]} of the training tokens, the worst of its batch:\n  | "
+                           + text.replace("\n", "\n  | "))
+                return f"first wrong was {faults[0]}"
+    return "the same step went well when it was repeated"
+
+
+def look(run: Run, validation: TokenFile) -> None:
     """Evaluate, tell the sample stories, print and record both, and keep the best model."""
-    result = evaluate(run.model, validation, run.tokenizer, run.config, run.device, precision,
-                      run.config.training.eval_samples)
+    with run.pause():
+        result = evaluate(run.model, validation, run.tokenizer, run.config, run.device, run.precision,
+                          run.config.training.eval_samples, run.ranks)
+        stories = sample_stories(run.model, run.tokenizer, run.config) if run.ranks.first else []
     if not math.isfinite(result["val_loss"]):
-        raise UserError(f"step {run.iter_num:,}: the validation loss is not finite; the last checkpoint is untouched")
-    stories = sample_stories(run.model, run.tokenizer, run.config)
+        raise UserError(f"step {run.iter_num:,}: the validation loss is not finite; {BEST} is untouched")
     tqdm.write(f"step {run.iter_num:,}, epoch {run.epoch:.2f}: {describe_evaluation(result)}")
     for story in stories:
         tqdm.write("  | " + story.replace("\n", "\n  | "))
-    record(run, {"type": "evaluation", "step": run.iter_num, "epoch": run.epoch, **result, "samples": stories})
+    run.folder.record({"type": "evaluation", "step": run.iter_num, "epoch": run.epoch, **result, "samples": stories})
+    run.evaluated = run.iter_num
     run.evaluations_without_gain += 1
     if result["val_loss"] < run.best_val_loss:
-        run.best_val_loss, run.evaluations_without_gain = result["val_loss"], 0
-        run.save("best_model.pth")
+        before, run.best_val_loss, run.evaluations_without_gain = run.best_val_loss, result["val_loss"], 0
+        if not run.save(BEST):  # the file is still the one before
+            run.best_val_loss = before
 
 
-def log_steps(run: Run, bar: tqdm, seconds: float, peak: float | None) -> None:
-    """Show and record the steps since the last call, which took so many seconds. The one wait for the device."""
-    training = run.config.training
-    windows = len(run.pending) * training.batch_size * training.gradient_accumulation_steps
-    norm = run.pending[-1][2]
-    loss = read_pending(run)
-    speed = windows * run.config.model.max_seq_len / seconds
-    entry = {"type": "step", "step": run.iter_num, "epoch": run.epoch, "loss": loss, "gradient_norm": norm.item(),
+def log_steps(run: Run, bar: tqdm, steps: int, seconds: float) -> None:
+    """Show and record what the last steps did; `steps` of them took so many seconds."""
+    read_losses(run)
+    for step, _, norm in run.unlogged:
+        median = statistics.median(run.norms) if len(run.norms) >= 20 else math.inf
+        if run.config.training.loss_spike and norm > run.config.training.loss_spike * median:
+            tqdm.write(f"note: step {step:,}: gradient norm {norm:.2f}, the median of the last ones is {median:.2f}")
+            run.folder.record({"type": "spike", "step": step, "gradient_norm": norm, "median": median})
+        run.norms = [*run.norms[-99:], norm]
+    loss = statistics.fmean(loss for _, loss, _ in run.unlogged)
+    speed = steps * run.step_windows * run.config.model.max_seq_len / seconds
+    entry = {"type": "step", "step": run.iter_num, "epoch": run.epoch, "loss": loss, "gradient_norm": run.norms[-1],
              "learning_rate": run.optimizer.param_groups[0]["lr"], "tokens_per_second": speed}
+    run.unlogged.clear()
     shown = {"loss": f"{loss:.3f}", "lr": f"{entry['learning_rate']:.1e}", "tok/s": f"{speed:,.0f}"}
-    if peak:
-        entry["peak_share"] = speed * flops_per_token(run.model) / peak
+    if peak := peak_flops(run.device):
+        entry["peak_share"] = speed * flops_per_token(run.model) / peak / run.ranks.count
         shown["peak"] = f"{entry['peak_share']:.0%}"
-    record(run, entry)
+    run.folder.record(entry)
     bar.set_postfix(shown)
     if bar.disable:
         print(f"step {run.iter_num:,} of {bar.total:,}: " + ", ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
 
 
-def train(run: Run, train_file: TokenFile, validation: TokenFile, total_steps: int) -> int:
+def is_over(run: Run, total_steps: int) -> bool:
+    """All steps are done, or early stopping ended the run."""
+    patience = run.config.training.early_stopping_patience
+    return run.iter_num >= total_steps or (patience is not None and run.evaluations_without_gain >= patience)
+
+
+def train(run: Run, validation: TokenFile, total_steps: int) -> int:
     """Train to total_steps, or until Ctrl-C or early stopping. Returns the exit status: 0, or 128 + the signal."""
-    training, peak = run.config.training, peak_flops(run.device)
-    precision, forward = prepare_device(run, total_steps)
+    training = run.config.training
+    forward = prepare_device(run, total_steps)
     bar = tqdm(total=total_steps, initial=run.iter_num, unit="step", desc="train", dynamic_ncols=True, smoothing=0.05,
                disable=not (training.show_progress and sys.stderr.isatty()))
-    clock = time.perf_counter()
+    clock, clock_step, run.paused = time.perf_counter(), run.iter_num, 0.0
     with bar, deferred_interrupts() as signals:
-        while run.iter_num < total_steps and not signals:
-            epochs_before = int(run.epoch)
-            train_step(run, forward, precision, train_file.tokens, total_steps)
+        while not (stopping := run.ranks.any(bool(signals))):
+            due = run.iter_num % training.eval_steps == 0 or run.iter_num == total_steps
+            if due and run.iter_num > run.evaluated:
+                if run.saved != run.iter_num:  # before the evaluation, which takes a while and may fail
+                    run.save(LATEST)
+                look(run, validation)
+                run.save(LATEST)
+            if is_over(run, total_steps):
+                break
+            epochs_done = int(run.epoch)
+            train_step(run, forward, total_steps)
             bar.update()
-            finished, new_epoch = run.iter_num == total_steps, int(run.epoch) > epochs_before
-            evaluate_now = finished or (run.iter_num % training.eval_steps == 0 and not signals)
-            save_now = evaluate_now or new_epoch or run.iter_num % training.save_steps == 0
-            if save_now or run.iter_num % training.logging_steps == 0:
-                log_steps(run, bar, time.perf_counter() - clock, peak)
-                clock = time.perf_counter()
-            if save_now:  # before the evaluation, which takes a while and may fail
-                run.save("checkpoint_latest.pth")
-            if new_epoch:
+            if run.iter_num % training.logging_steps == 0 or run.iter_num == total_steps:
+                log_steps(run, bar, run.iter_num - clock_step, time.perf_counter() - clock - run.paused)
+                clock, clock_step, run.paused = time.perf_counter(), run.iter_num, 0.0
+            if int(run.epoch) > epochs_done and training.keep_checkpoints:
                 run.save(f"checkpoint_epoch_{int(run.epoch)}.pth")
-            if evaluate_now:
-                look(run, validation, precision)
-                run.save("checkpoint_latest.pth")
-                if 0 < (training.early_stopping_patience or 0) <= run.evaluations_without_gain and not finished:
-                    tqdm.write(f"stopped early: {run.evaluations_without_gain} evaluations without a better loss")
-                    break
-            if save_now:  # the time of saving and evaluating is not training's
-                clock = time.perf_counter()
-    if signals and run.iter_num < total_steps:
-        if run.pending:
-            log_steps(run, bar, time.perf_counter() - clock, peak)
-        run.save("checkpoint_latest.pth")
+            if run.iter_num % training.save_steps == 0:
+                run.save(LATEST)
+    if not stopping:
+        if training.eval_samples:  # until here only a part of the validation split was looked at
+            result = evaluate(run.model, validation, run.tokenizer, run.config, run.device, run.precision, 0, run.ranks)
+            print(f"all of the validation split: {describe_evaluation(result)}")
+            run.folder.record({"type": "final", "step": run.iter_num, "epoch": run.epoch, **result})
+        run.completed = run.iter_num
+    if not run.save(LATEST):
+        raise UserError(f"{training.output_dir}: the last save failed, see above: {LATEST} there is older than the run")
+    if stopping:
         print(f"stopped at step {run.iter_num:,} of {total_steps:,} and saved. To go on:\n"
-              f"  python train.py --checkpoint {run.folder / 'checkpoint_latest.pth'}")
-        return 128 + signals[0]
-    if training.eval_samples:  # until here only a part of the validation split was looked at
-        result = evaluate(run.model, validation, run.tokenizer, run.config, run.device, precision)
-        print(f"all of the validation split: {describe_evaluation(result)}")
-        record(run, {"type": "final", "step": run.iter_num, "epoch": run.epoch, **result})
+              f"  python train.py --checkpoint {Path(training.output_dir) / LATEST}")
+        return 128 + (signals or [signal.SIGTERM])[0]
+    if run.iter_num < total_steps:
+        print(f"stopped early: {run.evaluations_without_gain} evaluations without a better loss")
     return 0
 
 
-def prepare_device(run: Run, total_steps: int) -> tuple[Callable[[], Any], Callable[[Tensor, Tensor], Tensor]]:
-    """Choose precision and compilation, and print the plan. Returns the precision's context factory and the forward."""
-    training, m = run.config.training, run.config.model
-    precision, precision_note = choose_precision(run.device, training.use_bf16)
-    windows = training.batch_size * training.gradient_accumulation_steps
+def prepare_device(run: Run, total_steps: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Choose precision and compilation, and print the plan. Returns the forward to train with."""
+    training, m, windows = run.config.training, run.config.model, run.step_windows
+    run.precision, precision_note = choose_precision(run.device, training.use_bf16, run.ranks)
     flops, remaining = flops_per_token(run.model), total_steps - run.iter_num
-    memory = estimate_memory(run.model, training.batch_size, precision is not contextlib.nullcontext)
+    memory = estimate_memory(run.model, training.batch_size, run.precision is not contextlib.nullcontext)
     print(f"plan: {count_parameters(run.model):,} parameters, {flops / 1e6:.1f} MFLOP per training token, "
           f"about {memory / 2**30:.1f} GiB of memory")
     print(f"plan: {windows * m.max_seq_len:,} tokens a step ({training.batch_size} windows of {m.max_seq_len} x "
           f"{training.gradient_accumulation_steps}), {run.num_windows / windows:,.1f} steps an epoch, {total_steps:,} "
           f"steps in all ({total_steps * windows / run.num_windows:.2f} epochs)")
-    for note in schedule_notes(run.config, total_steps):
+    for note in schedule_notes(run.config, total_steps, run.iter_num, run.optimizer.param_groups[0]["lr"]):
         print(f"note: {note}")
-    before = run.optimizer.param_groups[0]["lr"]
-    after = learning_rate(run.iter_num + 1, run.config.optimizer.learning_rate, total_steps, run.config.scheduler)
-    if run.iter_num and after > 1.1 * before:
-        print(f"note: the schedule now spans {total_steps:,} steps, so the learning rate goes up from {before:.1e} to "
-              f"{after:.1e}: the loss rises at first")
     shape = (training.batch_size, m.max_seq_len)
     # two tensors: torch.compile would make a special case of targets that are the inputs, and compile again afterwards
     example = tuple(torch.zeros(shape, dtype=torch.int64, device=run.device) for _ in range(2))
-    with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):  # the trial draws dropout
-        forward, compile_note = choose_compile(
-            run.model, lambda compiled: accumulate_gradients(compiled, precision, [example]), run.device,
-            training.use_compile, remaining * windows * m.max_seq_len * flops)
-    print(f"plan: {run.device.type}, {precision_note}, {compile_note}")
-    return precision, forward
+    forward, compile_note = choose_compile(
+        run.model, lambda compiled: accumulate_gradients(compiled, run.precision, [example]), run.device,
+        training.use_compile, remaining * windows * m.max_seq_len * flops / run.ranks.count)
+    print(f"plan: {run.device.type} x {run.ranks.count}, {precision_note}, {compile_note}")
+    return run.ranks.parallel(forward, run.device)
 
 
-def schedule_notes(config: Config, total_steps: int) -> list[str]:
-    """What of the schedule does not fit the real number of steps, said out loud."""
-    scheduler, notes = config.scheduler, []
-    if scheduler.warmup_steps >= total_steps:
-        notes.append(f"scheduler.warmup_steps is {scheduler.warmup_steps:,}, but this run has {total_steps:,} steps: "
-                     "the learning rate only rises")
-    if scheduler.lr_decay_iters and scheduler.lr_decay_iters != total_steps and scheduler.type != "constant":
-        end = learning_rate(total_steps, config.optimizer.learning_rate, total_steps, scheduler)
-        notes.append(f"scheduler.lr_decay_iters is {scheduler.lr_decay_iters:,}, but this run has {total_steps:,} steps"
-                     f" and ends at a rate of {end:.1e} (min_lr is {scheduler.min_lr:.1e}); null fits it to the run")
-    return notes
-
-
-def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | None) -> int:
-    """From a config to a trained model: tokenizer, token files, model, training, and a story at the end."""
-    device = choose_device(config.hardware.device)
-    checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
-    if checkpoint:  # it brings its own tokenizer, whatever became of the folder
-        check_same_model(config, checkpoint, checkpoint_path)
-        tokenizer = tokenizer_from_json(checkpoint["tokenizer"], str(checkpoint_path))
-    else:
-        tokenizer = ensure_tokenizer(config)
-    files = [prepare_tokens(config.data, tokenizer, split, config.training.show_progress)
-             for split in ("train", "validation")]
-    num_windows = count_windows(len(files[0].tokens), config.model.max_seq_len)
-    if not num_windows:
-        raise UserError(f"{config.data.dataset}: {len(files[0].tokens):,} training tokens are less than one window of "
-                        f"{config.model.max_seq_len}: add stories, or lower model.max_seq_len")
+def prepare_run(config: Config, checkpoint: dict[str, Any] | None, source: Path | None, device: torch.device,
+                folder: RunFolder, ranks: Ranks) -> tuple[Run, TokenFile]:
+    """Tokenizer, token files, model, optimizer, and the state of the checkpoint. Returns the validation split too."""
+    with ranks.first_goes_ahead():
+        if checkpoint:  # it brings its own tokenizer, whatever became of the folder
+            tokenizer = tokenizer_from_json(checkpoint["tokenizer"], str(source))
+        else:
+            tokenizer = ensure_tokenizer(config)
+        train_file, validation = (prepare_tokens(config.data, tokenizer, split, config.training.show_progress)
+                                  for split in ("train", "validation"))
     torch.manual_seed(config.training.seed)
     torch.set_float32_matmul_precision("high")  # what stays float32 may use tf32 on a GPU
     model = Transformer(config.model, config.training.use_gradient_checkpointing).to(device)
-    run = Run(config, tokenizer, model, make_optimizer(model, config), device, num_windows)
+    run = Run(config, tokenizer, model, make_optimizer(model, config), device, train_file, folder, ranks)
+    if not run.num_windows:
+        raise UserError(f"{config.data.dataset}: {len(train_file.tokens):,} training tokens are less than one window "
+                        f"of {config.model.max_seq_len}: add stories, or lower model.max_seq_len")
     if checkpoint:
-        run.restore(checkpoint, checkpoint_path)
-        print(f"resumed: {checkpoint_path}, step {run.iter_num:,}, epoch {run.epoch:.2f}")
-    windows = config.training.batch_size * config.training.gradient_accumulation_steps
-    remaining = config.training.num_epochs * num_windows - run.position
-    total_steps = config.training.max_steps or run.iter_num + max(0, math.ceil(remaining / windows))
-    if run.iter_num >= total_steps:
-        longer = "--set training.max_steps" if config.training.max_steps else "--num_epochs"
-        raise UserError(f"{checkpoint_path}: has done its {run.iter_num:,} steps already: raise {longer} to go on, or "
-                        "tell stories with generate.py")
-    open_output_folder(run)
-    start = time.perf_counter()
-    status = train(run, *files, total_steps)
-    if status == 0:
-        say_goodbye(run, time.perf_counter() - start, config_path)
-    return status
+        for note in check_resumable(checkpoint, source, config, train_file.digest):
+            print(f"note: {note}")
+        run.restore(checkpoint, source)
+        print(f"resumed: {source}, step {run.iter_num:,}, epoch {run.epoch:.2f}")
+    ranks.check_same(f"{train_file.digest} {validation.digest} {run.iter_num} {config.model}", "data or checkpoints")
+    return run, validation
 
 
-def check_same_model(config: Config, checkpoint: dict[str, Any], source: Path) -> None:
-    """Raise UserError, before any work is done, if the checkpoint's model is not the config's."""
-    theirs = config_from_dict(checkpoint["config"], str(source)).model
-    for key, value in config.to_dict()["model"].items():
-        free = key in ("dropout", "max_seq_len", "use_flash_attention")  # no weight depends on these
-        if not free and getattr(theirs, key) != value:
-            raise UserError(f"{source}: model.{key} is {getattr(theirs, key)} there, but {value} in the config: "
-                            "without --config, the checkpoint's own is used")
+def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | None, resume: bool = False) -> int:
+    """From a config to a trained model, and a story. Returns the exit status; with `resume`, being over is no error."""
+    device, training = choose_device(config.hardware.device), config.training
+    checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
+    if checkpoint:  # before any work is done
+        check_resumable(checkpoint, checkpoint_path, config)
+    with join_ranks(device) as ranks, hold_folder(Path(training.output_dir).expanduser(), ranks.first) as folder:
+        if training.gradient_accumulation_steps % ranks.count:
+            raise UserError(f"training.gradient_accumulation_steps {training.gradient_accumulation_steps} cannot be "
+                            f"shared out to {ranks.count} processes: make it a multiple of that, and batch_size so much"
+                            " smaller that their product, the windows of a step, stays what it is")
+        if not ranks.first:
+            config = dataclasses.replace(config, training=dataclasses.replace(training, show_progress=False))
+        run, validation = prepare_run(config, checkpoint, checkpoint_path, device, folder, ranks)
+        remaining = training.num_epochs * run.num_windows - run.position
+        total_steps = training.max_steps or run.iter_num + max(0, math.ceil(remaining / run.step_windows))
+        if run.iter_num and is_over(run, total_steps) and run.completed == run.iter_num:
+            longer = "--set training.max_steps" if training.max_steps else "--num_epochs"
+            message = (f"{checkpoint_path}: has done its {run.iter_num:,} steps already: raise {longer} to go on, or "
+                       "tell stories with generate.py")
+            if resume:
+                print(message)
+                return 0
+            raise UserError(message)
+        folder.begin(checkpoint_path, checkpoint["metrics_size"] if checkpoint else 0)
+        start = time.perf_counter()
+        status = train(run, validation, total_steps)
+        if status == 0 and ranks.first:
+            say_goodbye(run, time.perf_counter() - start, config_path)
+        return status
 
 
 def say_goodbye(run: Run, seconds: float, config_path: Path | None) -> None:
@@ -397,22 +410,24 @@ def say_goodbye(run: Run, seconds: float, config_path: Path | None) -> None:
     sampling, seeds = run.config.sampling, range(run.config.sampling.seed, run.config.sampling.seed + 4)
     stories = tell_stories(run.model.eval(), run.tokenizer, sampling.prompts[0], sampling, seeds)
     story = next((story for story in stories if story.ended), stories[0])
-    best = run.folder / "best_model.pth"
+    best = run.folder.path / BEST
     print(f"\ndone: {run.iter_num:,} steps in {seconds / 60:.1f} minutes, best validation loss {run.best_val_loss:.4f}"
           f"\n\n{story.text}\n\nnext:\n  python generate.py --checkpoint {best} --num_samples 3")
     if not run.config.training.max_steps:
-        print(f"  python train.py --checkpoint {run.folder / 'checkpoint_latest.pth'} "
+        print(f"  python train.py --checkpoint {run.folder.path / LATEST} "
               f"--num_epochs {run.config.training.num_epochs + 1}")
     if config_path in (None, QUICKSTART):
-        print(f"  python train.py --config {MAIN_CONFIG.relative_to(MAIN_CONFIG.parent.parent).as_posix()}   "
-              "(the real model: wants a GPU)")
+        print(f"  python train.py --config config/{MAIN_CONFIG.name}   (the real model: wants a GPU)")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train a story-telling Llama.")
     add_config_arguments(parser, QUICKSTART)
     parser.add_argument("--num_epochs", type=int, help="instead of training.num_epochs")
-    parser.add_argument("--checkpoint", type=Path, help="go on from this file; without --config, with its own config")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--checkpoint", type=Path, help="go on from this file; without --config, with its own config")
+    source.add_argument("--resume", action="store_true", help=f"go on from {LATEST} in training.output_dir; where "
+                        "there is none yet, begin: the same command starts a run and continues it")
     parser.add_argument("--eval_only", action="store_true", help="only evaluate --checkpoint (default: the best)")
     args = parser.parse_args()
     overrides = args.overrides + ([f"training.num_epochs={args.num_epochs}"] if args.num_epochs is not None else [])
@@ -420,10 +435,15 @@ def main() -> int:
         config = config_from_dict(load_checkpoint(args.checkpoint)["config"], str(args.checkpoint), overrides)
     else:
         config = load_config(args.config or QUICKSTART, overrides)
+    folder, checkpoint = Path(config.training.output_dir).expanduser(), args.checkpoint
     if args.eval_only:
-        evaluate_checkpoint(config, args.checkpoint or Path(config.training.output_dir) / "best_model.pth")
+        evaluate_checkpoint(config, checkpoint or folder / (LATEST if args.resume else BEST))
         return 0
-    return start_run(config, args.config, args.checkpoint)
+    if args.resume and (folder / LATEST).exists():
+        checkpoint = folder / LATEST
+    elif args.resume:
+        print(f"resume: no {LATEST} in {folder} yet: a new run")
+    return start_run(config, args.config, checkpoint, args.resume)
 
 
 if __name__ == "__main__":

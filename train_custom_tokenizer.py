@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from config import Config, UserError, add_config_arguments, load_config, run_script
 from config.cli import MAIN_CONFIG
+from config.files import only_one, remove_leftovers, replacing
 from data.stories import open_stories
 from data.tokens import END_OF_STORY, SPECIAL_TOKENS, load_tokenizer, tokenizer_from_json
 
@@ -52,12 +52,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_STORY, "eos_token": END_OF_STORY,
                 "pad_token": SPECIAL_TOKENS[1], "unk_token": SPECIAL_TOKENS[2], "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    part = folder / f"tokenizer.{os.getpid()}.part"
-    try:
-        part.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        os.replace(part, folder / "tokenizer.json")
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(folder / "tokenizer.json") as file:
+        file.write(tokenizer.to_str(pretty=True).encode("utf-8"))
 
 
 def tokenizer_report(tokenizer: Tokenizer, vocab_size: int, held_out: list[str]) -> list[str]:
@@ -100,7 +96,10 @@ def ensure_tokenizer(config: Config) -> Tokenizer:
     """The tokenizer of data.tokenizer_path; trained first if it is not there. Raises UserError if it does not fit."""
     path = Path(config.data.tokenizer_path).expanduser()
     if not (path / "tokenizer.json").exists() and not path.is_file():
-        return make_tokenizer(config, path)
+        with only_one(path / ".lock", f"tokenizer: {path}: another program is training it: waiting", wait=True):
+            if not (path / "tokenizer.json").exists():
+                remove_leftovers(path)
+                return make_tokenizer(config, path)
     tokenizer, wanted = load_tokenizer(path), config.model.vocab_size
     size = tokenizer.get_vocab_size()
     if size > wanted:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
 QUICKSTART = REPO / "config" / "quickstart.yaml"
@@ -24,19 +27,49 @@ def add_config_arguments(parser: argparse.ArgumentParser, default: Path) -> None
                         help="override one value of the YAML; may be given many times")
 
 
+@contextlib.contextmanager
+def deferred_interrupts() -> Iterator[list[int]]:
+    """Let Ctrl-C and SIGTERM wait: the list holds the signal once one came. A second one leaves at once.
+
+    Under torchrun every signal comes twice, from the terminal and from torchrun, so there only the first counts;
+    torchrun itself kills what has not stopped after 30 seconds.
+    """
+    received: list[int] = []
+    alone = "TORCHELASTIC_RUN_ID" not in os.environ
+
+    def remember(number: int, frame: Any) -> None:
+        if received and alone:
+            sys.exit(128 + number)
+        received.append(number)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            hint = b" (once more: at once, without saving)" if alone else b""
+            with contextlib.suppress(OSError):  # straight to the terminal: print must not be entered from a handler
+                os.write(2, b"\nstopping after this step" + hint + b"\n")
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's main() and exit with its status (None is 0).
 
-    A UserError or an OSError (no such file, no permission, disk full) is one line and status 2; Ctrl-C is status 130.
+    A UserError or an OSError (no such file, no permission, disk full) is one line and status 2; Ctrl-C is status 130,
+    SIGTERM 143. Of several processes on one machine (torchrun), the first one tells what they all found.
     """
     for stream in (sys.stdout, sys.stderr):  # a console in another code page must not end a run over a curly quote
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what is half-done is tidied
     try:
         status = main() or 0
         sys.stdout.flush()  # so that a closed pipe shows here, where it is caught
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         status = 2
     except BrokenPipeError:  # `generate.py | head`: the reader has gone, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,6 +6,7 @@ The only file of this room that imports torch; `import config` does not load it.
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from config.cli import UserError
+from config.ranks import ALONE, Ranks
 
 # dense bf16 FLOP/s with float32 accumulation, from the vendors' data sheets, by a part of torch's device name
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12,
@@ -30,10 +32,18 @@ def choose_device(name: str) -> torch.device:
     if not available.get(name):
         here = ", ".join(kind for kind, here in available.items() if here)
         raise UserError(f"device {name}: not available to this torch ({torch.__version__}); here: {here}, or auto")
-    return torch.device(name)
+    if name != "cuda" or "LOCAL_RANK" not in os.environ:
+        return torch.device(name)
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if processes > gpus:
+        raise UserError(f"torchrun: {processes} processes on this machine, but it has {gpus} GPUs, and each process "
+                        f"needs its own: --nproc_per_node={gpus}")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
 
 
-def choose_precision(device: torch.device, wanted: bool) -> tuple[Callable[[], Any], str]:
+def choose_precision(device: torch.device, wanted: bool, ranks: Ranks = ALONE) -> tuple[Callable[[], Any], str]:
     """A factory of the context to compute in, and why. bf16 autocast keeps the weights in float32."""
     if not wanted:
         return contextlib.nullcontext, "float32"
@@ -42,7 +52,7 @@ def choose_precision(device: torch.device, wanted: bool) -> tuple[Callable[[], A
     if device.type == "mps":
         return contextlib.nullcontext, "float32 (bf16 was never tried on mps)"
     if device.type == "cpu":
-        gain = bf16_gain_on_cpu()
+        gain = ranks.of_first(bf16_gain_on_cpu())
         if gain < 1.5:
             return contextlib.nullcontext, f"float32 (bf16 products run at {gain:.1f} times its speed on this CPU)"
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16), "bf16 autocast"

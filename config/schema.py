@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from config.cli import REPO, UserError
-from config.values import Bounds, build_section, parse_yaml, show, unknown
+from config.values import Bounds, build_section, one_line, parse_yaml, show, unknown
 
 Positive = Annotated[int, Bounds(1)]
 Count = Annotated[int, Bounds(0)]
@@ -70,7 +70,9 @@ class TrainingConfig:
     eval_samples: Count = 0  # validation windows per evaluation, evenly spread; 0 = all
     early_stopping_patience: Positive | None = None  # evaluations without a better loss; null: never stop early
     save_steps: Positive = 500
+    keep_checkpoints: Count = 5  # so many checkpoint_epoch_N.pth, the newest, stay on the disk
     logging_steps: Positive = 10
+    loss_spike: PositiveReal | None = 5.0  # report a gradient norm so many times its running median; null: never
     show_progress: bool = True
     output_dir: str = "./checkpoints"
     seed: Count = 42
@@ -184,7 +186,7 @@ def config_from_dict(values: Any, source: str, overrides: Sequence[str] = ()) ->
     built = {}
     for name, section_values in values.items():
         if name not in sections:
-            raise UserError(f"{source}: {unknown(name, sections, 'section')}")
+            raise UserError(f"{origins.get(name, source)}: {unknown(name, sections, 'section')}")
         built[name] = build_section(type(sections[name]), name, section_values, source, origins)
     config = Config(**built)
     _check_combinations(config, source)
@@ -197,15 +199,17 @@ def config_from_dict(values: Any, source: str, overrides: Sequence[str] = ()) ->
 def _apply_override(values: dict, override: str, origins: dict[str, str]) -> None:
     key_path, equals, text = override.partition("=")
     section, dot, key = key_path.strip().partition(".")
+    name = f"--set {one_line(override)}"
     if not (equals and dot and section and key):
-        raise UserError(f"--set {override}: expected section.key=value, such as training.batch_size=32")
-    value = parse_yaml(text, f"--set {override}")
+        raise UserError(f"{name}: expected section.key=value, such as training.batch_size=32")
+    value = parse_yaml(text, name)
     target = values.get(section)
     if target is None:
         target = values[section] = {}
+        origins[section] = name
     if isinstance(target, dict):  # if it is not, building the section says what is wrong with it
         target[key] = value
-        origins[f"{section}.{key}"] = f"--set {override}"
+        origins[f"{section}.{key}"] = name
 
 
 def _check_combinations(config: Config, source: str) -> None:

@@ -103,8 +103,10 @@ def _check_value(value: Any, kind: Any) -> Any:
     if origin is Annotated:
         base, bounds = get_args(kind)
         noun = "a whole number" if base is int else "a number"
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _fits(value, base, bounds):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{noun}, {bounds}")
+        if not _fits(value, base, bounds):
+            raise ValueError(f"{noun}, at most {bounds.high:g}" if value > bounds.high else f"{noun}, {bounds}")
         return base(value)
     if origin is Literal:
         if value in get_args(kind) and isinstance(value, str):

@@ -1,8 +1,8 @@
 """Text to token files to batches.
 
 A token file is `<name>.bin`, the ids of all stories in a row, each after one `<|endoftext|>` and one more at the very
-end, as little-endian uint16 (uint32 for vocabularies past 65,536), beside `<name>.json` with what it was made from and
-what it holds. The JSON is written last, so a half-written .bin is never believed.
+end, as little-endian uint16 (uint32 for vocabularies past 65,536), beside `<name>.json` with what it was made from,
+what it holds, and a checksum of it all. The JSON is written last, so a half-written .bin is never believed.
 
 A batch is cut from it in windows of seq_len + 1 tokens: the first seq_len are the inputs, the last seq_len the targets.
 That is the one place where targets are shifted.
@@ -10,13 +10,10 @@ That is the one place where targets are shifted.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
-import os
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +24,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tqdm import tqdm
 
 from config import UserError
+from config.files import only_one, remove_leftovers, replacing
 from config.schema import DataConfig
 from data.stories import Stories, open_stories
 
@@ -37,7 +35,8 @@ END_OF_STORY = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_STORY, "<|padding|>", "<unk>")  # in this order from id 0
 ARTICLES = ("a", "an", "the")
 IGNORED = -100  # a target that counts for nothing: torch's default for cross_entropy
-FORMAT = 1
+FORMAT = 2
+COUNTS = ("stories", "tokens", "bytes", "article_tokens")
 CHUNK_BYTES = 2_000_000  # of text handed to the tokenizer library at once: it shares a chunk out over all cores
 
 
@@ -109,6 +108,7 @@ class TokenFile:
     path: Path
     tokens: np.ndarray
     counts: dict[str, int]  # stories, tokens, bytes (of text), article_tokens
+    digest: str  # equal only for equal tokens and counts
 
 
 def prepare_tokens(data: DataConfig, tokenizer: Tokenizer, split: str, show_progress: bool = True) -> TokenFile:
@@ -120,11 +120,15 @@ def prepare_tokens(data: DataConfig, tokenizer: Tokenizer, split: str, show_prog
     fingerprint = make_fingerprint(stories, tokenizer)
     found, reason = open_token_file(path, fingerprint)
     if found is None:
-        print(f"tokens: {path.name}: {reason}, building it from {stories.name}")
-        build_token_file(stories, tokenizer, path, fingerprint, show_progress)
-        found, reason = open_token_file(path, fingerprint)
+        busy = f"tokens: {path.name}: another program is building it: waiting"
+        with only_one(path.with_suffix(".lock"), busy, wait=True):
+            found, reason = open_token_file(path, fingerprint)  # again: by now it may be there
+            if found is None:
+                print(f"tokens: {path.name}: {reason}, building it from {stories.name}")
+                build_token_file(stories, tokenizer, path, fingerprint, show_progress)
+                found, reason = open_token_file(path, fingerprint)
         if found is None:
-            raise UserError(f"{path}: {reason} right after it was built; is another program writing there?")
+            raise UserError(f"{path}: {reason} right after it was built: is this disk in order?")
     else:
         print(f"tokens: {path.name}: reused")
     print("tokens: " + describe_counts(found.counts))
@@ -148,8 +152,8 @@ def open_token_file(path: Path, fingerprint: dict[str, Any]) -> tuple[TokenFile 
     """The token file if it is whole and made from just that, else None and the reason."""
     try:
         header = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        counts = {key: int(header["counts"][key]) for key in ("stories", "tokens", "bytes", "article_tokens")}
-        found = header["fingerprint"]
+        counts = {key: int(header["counts"][key]) for key in COUNTS}
+        found, digest = header["fingerprint"], str(header["digest"])
     except FileNotFoundError:
         return None, "not there yet" if not path.exists() else "half-written"
     except (ValueError, KeyError, TypeError):
@@ -160,26 +164,33 @@ def open_token_file(path: Path, fingerprint: dict[str, Any]) -> tuple[TokenFile 
     dtype = np.dtype(fingerprint["dtype"]).newbyteorder("<")
     if not path.is_file() or path.stat().st_size != counts["tokens"] * dtype.itemsize or not counts["tokens"]:
         return None, "damaged (its size is not what its .json says)"
-    return TokenFile(path, np.memmap(path, dtype=dtype, mode="r"), counts), ""
+    tokens = np.memmap(path, dtype=dtype, mode="r")
+    if digest != make_digest(tokens, counts):  # 2 GB/s: half a second for all of TinyStories
+        return None, "damaged (its checksum is not what its .json says)"
+    return TokenFile(path, tokens, counts, digest), ""
+
+
+def make_digest(tokens: np.ndarray, counts: dict[str, int]) -> str:
+    """sha256 of the token file's bytes and of its counts."""
+    digest = hashlib.sha256(json.dumps([counts[key] for key in COUNTS]).encode("utf-8"))
+    digest.update(tokens.view(np.uint8))
+    return digest.hexdigest()
 
 
 def build_token_file(stories: Stories, tokenizer: Tokenizer, path: Path, fingerprint: dict[str, Any],
                      show_progress: bool = True) -> None:
     """Encode all stories into path, in bounded memory. Whatever stops it, no file that would be believed is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
-    part, header = path.with_suffix(f".{os.getpid()}.part"), path.with_suffix(".json")
-    try:
-        with part.open("wb") as file:
-            counts = _encode_all(stories, tokenizer, file, show_progress)
-            file.flush()
-            os.fsync(file.fileno())
+    header = path.with_suffix(".json")
+    for name in (path.name, header.name):
+        remove_leftovers(path.parent, name)
+    with replacing(path) as file:
+        counts = _encode_all(stories, tokenizer, file, show_progress)
+        file.flush()
+        digest = make_digest(np.memmap(file.name, dtype=np.uint8, mode="r"), counts)
         header.unlink(missing_ok=True)  # so that an old header never stands beside a new .bin
-        os.replace(part, path)
-        part.write_text(json.dumps({"fingerprint": fingerprint, "counts": counts}, indent=1), encoding="utf-8")
-        os.replace(part, header)
-    finally:
-        part.unlink(missing_ok=True)
+    made = {"fingerprint": fingerprint, "counts": counts, "digest": digest}
+    with replacing(header) as file:
+        file.write(json.dumps(made, indent=1).encode("utf-8"))
 
 
 def _encode_all(stories: Stories, tokenizer: Tokenizer, file: BinaryIO, show_progress: bool) -> dict[str, int]:
@@ -217,14 +228,6 @@ def _chunks(stories: Stories) -> Iterator[tuple[list[str], int]]:
         yield chunk, stories.counts["bytes"] - start
 
 
-def _remove_leftovers(path: Path, older_than: float = 86_400.0) -> None:
-    """Remove parts of this file that killed builds left a day or more ago; a younger one may still be written."""
-    for part in path.parent.glob(f"{path.stem}.*.part"):
-        with contextlib.suppress(OSError):
-            if time.time() - part.stat().st_mtime > older_than:
-                part.unlink()
-
-
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 65_536 else np.uint32)
 
@@ -253,6 +256,11 @@ def training_windows(position: int, count: int, num_windows: int, seed: int) -> 
         here = epochs == epoch
         windows[here] = epoch_order(num_windows, seed, int(epoch))[offsets[here]]
     return windows
+
+
+def dropout_seed(seed: int, position: int) -> int:
+    """The seed of the micro-batch that begins at `position`: the same however often a run is stopped or shared out."""
+    return int(np.random.SeedSequence([seed, position]).generate_state(1, np.uint64)[0])
 
 
 def read_batch(tokens: np.ndarray, windows: np.ndarray, seq_len: int, device: torch.device,

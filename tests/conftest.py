@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 # before torch is loaded: in a tiny model threads mostly wait for each other, and on a busy machine for very long
@@ -42,3 +44,15 @@ def tiny_config(tmp_path, monkeypatch):
     """A function: overrides -> Config of the tiny model; all its files go to a fresh working directory."""
     monkeypatch.chdir(tmp_path)
     return lambda *overrides: load_config(REPO / "config" / "quickstart.yaml", [*TINY, *overrides])
+
+
+@pytest.fixture
+def start_script(tmp_path):
+    """A function: arguments of train.py -> its process, in tmp_path, with the tiny model; `before` starts Python."""
+    def start(*arguments, before=(), **more):
+        settings = [part for value in TINY for part in ("--set", value)]
+        flags = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
+        return subprocess.Popen([sys.executable, *before, str(REPO / "train.py"), *settings, *arguments], cwd=tmp_path,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace",
+                                env={**os.environ, "PYTHONUNBUFFERED": "1"}, **flags, **more)
+    return start

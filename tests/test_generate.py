@@ -10,9 +10,10 @@ from conftest import REPO
 
 from config import Config, UserError
 from config.schema import ModelConfig, SamplingConfig
+from data.checkpoints import save_checkpoint
 from data.tokens import END_OF_STORY
 from generate import generate_tokens, newest_checkpoint, sample_next, tell_stories
-from model import Transformer, save_checkpoint
+from model import Transformer
 
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=40)
 

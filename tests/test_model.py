@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from config import UserError
 from config.schema import ModelConfig
 from model import (
     KVCache,
@@ -14,9 +13,6 @@ from model import (
     count_parameters,
     estimate_memory,
     flops_per_token,
-    load_checkpoint,
-    model_from_checkpoint,
-    save_checkpoint,
 )
 
 TINY = {"vocab_size": 300, "d_model": 48, "n_layers": 3, "n_heads": 4, "d_ffn": 80, "max_seq_len": 32, "dropout": 0.0}
@@ -241,74 +237,3 @@ def test_the_memory_estimate_is_near_what_autograd_keeps():
     assert 0.8 < estimate / activations < 1.4  # on the safe side: it holds the logits' gradient too
     model.gradient_checkpointing = True
     assert estimate_memory(model, 8, bf16=False) < 0.7 * estimate
-
-
-# Checkpoint files
-
-def make_checkpoint(model: Transformer) -> dict:
-    from config import Config
-    config = Config(model=model.config).to_dict()
-    config["data"]["max_seq_len"] = model.config.max_seq_len
-    return {"model": model.state_dict(), "config": config, "tokenizer": "{}", "iter_num": 3, "epoch": 0.5,
-            "best_val_loss": 1.5}
-
-
-def test_a_checkpoint_comes_back_whole(tmp_path):
-    model = make_model(n_kv_heads=2)
-    path = tmp_path / "deep er" / "größe.pth"
-    save_checkpoint(path, make_checkpoint(model))
-    checkpoint = load_checkpoint(path)
-    again = model_from_checkpoint(checkpoint, path, "cpu")
-    tokens = random_tokens(model)
-    assert torch.equal(again(tokens), model(tokens)) and checkpoint["iter_num"] == 3
-    assert not any(name.startswith(("_orig_mod.", "module.")) for name in checkpoint["model"])
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-
-
-def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    path, model = tmp_path / "a.pth", make_model()
-    save_checkpoint(path, make_checkpoint(model))
-    before = path.read_bytes()
-
-    def torn(value, file):
-        file.write(b"half a file")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", torn)
-    with pytest.raises(OSError):
-        save_checkpoint(path, make_checkpoint(model))
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-
-
-def test_what_is_no_checkpoint_is_told_in_one_line(tmp_path):
-    model = make_model()
-    good, cut, text, other, code, shape = (tmp_path / f"{name}.pth" for name in
-                                           ("good", "cut", "text", "other", "code", "shape"))
-    save_checkpoint(good, make_checkpoint(model))
-    cut.write_bytes(good.read_bytes()[:5000])
-    text.write_text("not a checkpoint", encoding="utf-8")
-    torch.save({"model": {}, "model_args": {}}, other)
-    torch.save({"model": Dangerous()}, code)
-    wrong = make_checkpoint(model)
-    wrong["config"]["model"]["d_ffn"] = 96
-    save_checkpoint(shape, wrong)
-    for path, part in ((tmp_path / "none.pth", "no such checkpoint"), (cut, "damaged"), (text, "damaged"),
-                       (other, "lacks config, tokenizer"), (code, "damaged, or not a checkpoint"),
-                       (shape, "do not fit the model")):
-        with pytest.raises(UserError) as caught:
-            model_from_checkpoint(load_checkpoint(path), path, "cpu")
-        line = str(caught.value)
-        assert line.startswith(str(path)) and part in line and "\n" not in line
-
-
-class Dangerous:
-    def __reduce__(self):
-        return (print, ("code from a file was run",))
-
-
-def test_loading_runs_no_code(tmp_path, capsys):
-    path = tmp_path / "code.pth"
-    torch.save(Dangerous(), path)
-    with pytest.raises(UserError):
-        load_checkpoint(path)
-    assert "was run" not in capsys.readouterr().out

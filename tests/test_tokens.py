@@ -1,7 +1,9 @@
 """Token files say what they are made from, and batches are cut from them as the loss needs it."""
 
 import dataclasses
+import itertools
 import json
+import random
 from collections import Counter
 
 import numpy as np
@@ -117,6 +119,71 @@ def test_a_damaged_file_is_rebuilt(corpus, tokenizer, damage):
     fingerprint = make_fingerprint(open_stories(corpus(), "train"), tokenizer)
     assert open_token_file(path, fingerprint)[0] is None
     assert prepare_tokens(corpus(), tokenizer, "train").tokens.tolist() == good
+
+
+def test_no_flipped_byte_is_believed(corpus, tokenizer):
+    """In the tokens or in the header: the file is refused and built anew, or what was flipped carried nothing."""
+    file = prepare_tokens(corpus(), tokenizer, "train")
+    good, counts, bin_path = file.tokens.tolist(), file.counts, file.path
+    del file  # Windows cannot write to a file that is mapped
+    fingerprint, draw = make_fingerprint(open_stories(corpus(), "train"), tokenizer), random.Random(0)
+    for path in (bin_path, bin_path.with_suffix(".json")):
+        whole = path.read_bytes()
+        for _ in range(100):
+            place = draw.randrange(len(whole))
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1:])
+            found, reason = open_token_file(bin_path, fingerprint)
+            if path == bin_path:
+                assert found is None and "checksum" in reason
+            elif found:  # white space, or the name of a count that nobody reads
+                assert found.tokens.tolist() == good and found.counts == counts
+            del found
+        path.write_bytes(whole)
+    assert open_token_file(bin_path, fingerprint)[0] is not None
+
+
+ODD = {
+    "CRLF": b"One day.\r\nThe end.<|endoftext|>Two.\r\n\r\nThree.",
+    "byte order mark": b"\xef\xbb\xbfA cat sat.",
+    "NUL and control characters": b"A\x00B\x01\x1b[31m\x7f<|endoftext|>\x00",
+    "right to left": "היה היה ילד קטן. <|endoftext|>كان يا ما كان 12 قطة.".encode(),
+    "emoji": "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301 é \u200d\ufeff 🦊".encode(),
+    "noncharacters": "\uffff \U0010ffff \u2028 \x85".encode(),
+    "one line of a million letters": b"a" * 1_000_000,
+    "one story of 10 MB": b"The cat saw the red ball.\n" * 400_000 + b"The end.",
+    "spelled tokens": b"<|padding|> <unk> <|endoftext |> Once",
+    "blanks only around": b" \t x \t ",
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_texts_come_through_byte_for_byte(tiny_config, tokenizer, tmp_path, name):
+    (tmp_path / "odd.txt").write_bytes(ODD[name])
+    data = tiny_config("data.dataset=other.txt", "data.validation=odd.txt", "data.clean=false").data
+    tokens = prepare_tokens(data, tokenizer, "validation", show_progress=False).tokens
+    ends = np.flatnonzero(tokens == 0)
+    stories = [tokenizer.decode(tokens[a + 1:b].tolist()).encode("utf-8") for a, b in itertools.pairwise(ends)]
+    assert stories == ODD[name].removeprefix(b"\xef\xbb\xbf").split(b"<|endoftext|>")
+
+
+@pytest.mark.parametrize(("file", "content", "part"), [
+    ("odd.txt", b"", "there is no story in it"),
+    ("odd.txt", b" \n\t \r\n", "there is no story in it"),
+    ("odd.txt", bytes(range(256)) * 50, "not UTF-8"),
+    ("odd.txt", "a story".encode("utf-16"), "not UTF-8"),
+    ("odd.txt", b"half \xf0\x9f\xa6", "not UTF-8"),
+    ("odd.jsonl", b'{"text": "half of \\ud83e"}', "half of a character"),
+    ("odd.jsonl", b'{"text": "cut', "not valid JSON"),
+    ("odd.parquet", b"PAR1 not really", "cannot be read as parquet"),
+    ("odd.txt", b"x" * (1 << 25), "without <|endoftext|>"),
+])
+def test_what_no_story_can_be_made_of_is_one_line(tiny_config, tokenizer, tmp_path, file, content, part):
+    (tmp_path / file).write_bytes(content)
+    data = tiny_config("data.dataset=other.txt", f"data.validation={file}", "data.clean=false").data
+    with pytest.raises(UserError) as caught:
+        prepare_tokens(data, tokenizer, "validation", show_progress=False)
+    assert file in str(caught.value) and part in str(caught.value) and "\n" not in str(caught.value)
+    assert not [path for path in (tmp_path / "data" / "cache").iterdir() if path.suffix != ".lock"]
 
 
 def test_a_build_that_is_stopped_leaves_nothing_that_is_believed(corpus, tokenizer, tmp_path):

@@ -2,27 +2,29 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, TINY
+from conftest import REPO
 
 from config import UserError
 from config.hardware import choose_compile, choose_precision
+from config.schedule import learning_rate, schedule_notes
 from config.schema import ModelConfig, SchedulerConfig
-from data.tokens import read_batch, training_windows
+from data.checkpoints import load_checkpoint
+from data.tokens import TokenFile, count_windows, load_tokenizer, prepare_tokens, read_batch, training_windows
 from evaluate import evaluate
 from generate import SamplingConfig, generate_tokens
-from model import Transformer, load_checkpoint
-from train import Run, accumulate_gradients, learning_rate, make_optimizer, schedule_notes, start_run, train_step
+from model import Transformer, find_non_finite
+from train import Run, accumulate_gradients, make_optimizer, start_run, train_step
 
 CPU = torch.device("cpu")
 FLOAT32 = choose_precision(CPU, wanted=False)[0]
+
+
+def token_file(tokens):
+    return TokenFile(None, tokens, {}, "")
 
 
 # Label alignment: the fault that cost the earlier program its articles
@@ -39,9 +41,9 @@ def cyclic_model():
     tokens = np.arange(2000, dtype=np.uint16) % 10
     torch.manual_seed(0)
     model = Transformer(config.model)
-    run = Run(config, None, model, make_optimizer(model, config), CPU, num_windows=len(tokens) // 16 - 1)
+    run = Run(config, None, model, make_optimizer(model, config), CPU, token_file(tokens))
     for _ in range(60):
-        train_step(run, model, FLOAT32, tokens, total_steps=60)
+        train_step(run, model, total_steps=60)
     return model.eval()
 
 
@@ -128,9 +130,9 @@ def test_one_step_is_adamw_with_clipping(tiny_config):
     for _ in range(2):
         torch.manual_seed(5)
         models.append(Transformer(config.model))
-    run = Run(config, None, models[0], make_optimizer(models[0], config), CPU, num_windows=40)
-    train_step(run, models[0], FLOAT32, tokens, total_steps=50)
-    inputs, targets = read_batch(tokens, training_windows(0, 8, 40, config.training.seed), 64, CPU)
+    run = Run(config, None, models[0], make_optimizer(models[0], config), CPU, token_file(tokens))
+    train_step(run, models[0], total_steps=50)
+    inputs, targets = read_batch(tokens, training_windows(0, 8, 46, config.training.seed), 64, CPU)
     models[1](inputs, targets).backward()
     norm = torch.nn.utils.clip_grad_norm_(models[1].parameters(), 0.1)
     optimizer = make_optimizer(models[1], config)
@@ -189,10 +191,11 @@ def metrics(folder, kind):
 
 
 def test_from_stories_to_a_story(tiny_config, tmp_path, capsys):
-    config = tiny_config("training.num_epochs=3", "training.output_dir=my run", "model.dropout=0")
+    config = tiny_config("training.num_epochs=3", "training.output_dir=my run/Märchen 故事", "model.dropout=0",
+                         "data.cache_dir=der Speicher", "data.tokenizer_path=größe/tiny", "training.keep_checkpoints=2")
     assert start_run(config, None, None) == 0
     out = capsys.readouterr().out
-    folder = tmp_path / "my run"
+    folder = tmp_path / "my run" / "Märchen 故事"
     steps, evaluations = metrics(folder, "step"), metrics(folder, "evaluation")
     assert steps[0]["loss"] > 5.5  # about ln 512 = 6.24 at first
     assert evaluations[-1]["val_loss"] < 4.0
@@ -201,8 +204,8 @@ def test_from_stories_to_a_story(tiny_config, tmp_path, capsys):
     assert [len(entry["samples"]) for entry in evaluations] == [3] * len(evaluations)
     assert all(text.startswith("Once upon a time there was") for text in (e["samples"][0] for e in evaluations))
     names = {path.name for path in folder.iterdir()}
-    assert names == {"checkpoint_latest.pth", "best_model.pth", "checkpoint_epoch_1.pth", "checkpoint_epoch_2.pth",
-                     "checkpoint_epoch_3.pth", "metrics.jsonl"}
+    assert names == {"checkpoint_latest.pth", "best_model.pth", "checkpoint_epoch_2.pth", "checkpoint_epoch_3.pth",
+                    "metrics.jsonl", ".lock"}
     latest = load_checkpoint(folder / "checkpoint_latest.pth")
     assert latest["iter_num"] == steps[-1]["step"] and latest["epoch"] >= 3
     assert latest["best_val_loss"] == min(entry["val_loss"] for entry in evaluations)
@@ -210,7 +213,7 @@ def test_from_stories_to_a_story(tiny_config, tmp_path, capsys):
 
     assert start_run(config, None, None) == 0  # again: reuses the files, and keeps the earlier run
     out = capsys.readouterr().out
-    assert "tokenizer/tiny: reused" in out.replace("\\", "/") and "train.tiny.bin: reused" in out
+    assert "größe/tiny: reused" in out.replace("\\", "/") and "train.tiny.bin: reused" in out
     assert "held an earlier run" in out and (folder / "previous" / "best_model.pth").exists()
     assert [entry["loss"] for entry in metrics(folder, "step")] == [entry["loss"] for entry in steps]
 
@@ -260,70 +263,101 @@ def test_a_resumed_run_keeps_its_own_tokenizer(tiny_config, tmp_path, capsys):
     assert "the learning rate goes up from 6.0e-04" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny_config, tmp_path, monkeypatch):
+# Numbers that go wrong
+
+def poison(monkeypatch, at, change):
+    """Let the gradients of one step be what change(gradient) makes of them."""
     import train
     original, count = train.accumulate_gradients, []
 
-    def poisoned(*args):
+    def poisoned(forward, precision, batches, seeds=()):
+        loss = original(forward, precision, batches, seeds)
         count.append(1)
-        return original(*args) * (math.nan if len(count) == 8 else 1.0)
+        if len(count) == at:
+            for parameter in forward.parameters():
+                parameter.grad.copy_(change(parameter.grad))
+        return loss
 
     monkeypatch.setattr(train, "accumulate_gradients", poisoned)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny_config, tmp_path, monkeypatch):
+    poison(monkeypatch, 7, lambda gradient: gradient * math.nan)
     with pytest.raises(UserError) as caught:
         start_run(tiny_config("training.output_dir=run"), None, None)
-    assert "step 8: loss nan" in str(caught.value) and "\n" not in str(caught.value)
+    assert "step 7: loss 6." in str(caught.value) and "gradient norm nan" in str(caught.value)
+    assert "went well when it was repeated" in str(caught.value) and "\n" not in str(caught.value)
     checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint_latest.pth")
     assert checkpoint["iter_num"] == 5 and all(t.isfinite().all() for t in checkpoint["model"].values())
     assert not (tmp_path / "run" / "best_model.pth").exists()
+
+
+def test_a_bad_gradient_changes_no_weight_nor_does_any_step_after_it(tiny_config):
+    """So that the step can be repeated and looked at, without a wait for the device at every step."""
+    config = tiny_config()
+    model = Transformer(config.model)
+    run = Run(config, None, model, make_optimizer(model, config), CPU, token_file(np.arange(900, dtype=np.uint16) % 50))
+    train_step(run, model, total_steps=20)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    handle = model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+    train_step(run, model, total_steps=20)
+    handle.remove()
+    train_step(run, model, total_steps=20)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {group["lr"] for group in run.optimizer.param_groups} != {0.0}
+
+
+def test_the_layer_that_went_wrong_first_is_named_and_its_story_printed(tiny_config, capsys):
+    """A learning rate so large that the second step's numbers overflow."""
+    config = tiny_config("optimizer.learning_rate=1e15", "scheduler.warmup_steps=0", "model.dropout=0")
+    with pytest.raises(UserError) as caught:
+        start_run(config, None, None)
+    line, out = str(caught.value), capsys.readouterr().out
+    assert "step 2: loss nan" in line and "first wrong was the output of layers.0.attention.w" in line
+    assert "nothing was saved" in line and "optimizer.learning_rate" in line and "\n" not in line
+    window = int(out.partition("\nwindow ")[2].partition(" ")[0])
+    told = out.partition("the worst of its batch:\n  | ")[2].replace("\n  | ", "\n").strip("\n")
+    tokenizer = load_tokenizer("tokenizer/tiny")
+    tokens = prepare_tokens(config.data, tokenizer, "train", show_progress=False).tokens
+    text = tokenizer.decode(tokens[64 * window:64 * window + 64].tolist(), skip_special_tokens=False)
+    assert told == text.strip("\n") and window in training_windows(8, 8, count_windows(len(tokens), 64), 42)
+
+
+@pytest.mark.parametrize(("where", "expected"), [("layers.1.feed_forward.w2", "output"), ("layers.1", "gradient")])
+def test_the_first_fault_is_found_forwards_and_backwards(where, expected):
+    model = Transformer(ModelConfig(vocab_size=300, d_model=32, n_layers=3, n_heads=2, d_ffn=64, dropout=0))
+    module, tokens = model.get_submodule(where), torch.arange(20)[None]
+
+    def spoil(module, inputs, output):
+        if expected == "output":
+            return output * math.inf
+        output.register_hook(lambda gradient: gradient * math.nan)
+
+    module.register_forward_hook(spoil)
+    with find_non_finite(model) as faults:
+        model(tokens, tokens).backward()
+    wrong = f"the output of {where}" if expected == "output" else f"the gradient of {where}'s output"
+    assert faults[0] == wrong
+    with find_non_finite(Transformer(model.config)) as faults:
+        model(tokens, tokens)
+    assert faults == []
+
+
+def test_a_spike_of_the_gradient_norm_is_reported(tiny_config, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, 33, lambda gradient: gradient * 100)
+    assert start_run(tiny_config("training.output_dir=run", "training.max_steps=40"), None, None) == 0
+    spikes = metrics(tmp_path / "run", "spike")
+    assert [entry["step"] for entry in spikes] == [33] and "step 33: gradient norm" in capsys.readouterr().out
+    assert spikes[0]["gradient_norm"] > 20 * spikes[0]["median"]
 
 
 def test_early_stopping_ends_the_run(tiny_config, tmp_path, capsys):
     config = tiny_config("training.output_dir=run", "training.eval_steps=1", "training.early_stopping_patience=2",
                          "optimizer.learning_rate=1e-9", "scheduler.min_lr=0", "optimizer.weight_decay=0",
                          "training.eval_samples=1", "sampling.max_new_tokens=2", "model.dropout=0.9")
-    config_steps = start_run(config, None, None)
-    assert config_steps == 0 and load_checkpoint(tmp_path / "run" / "checkpoint_latest.pth")["iter_num"] < 60
-
-
-# The script
-
-def start_script(tmp_path, *arguments):
-    settings = [part for value in TINY for part in ("--set", value)]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    flags = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
-    return subprocess.Popen([sys.executable, str(REPO / "train.py"), *settings, *arguments], cwd=tmp_path,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace",
-                            env=environment, **flags)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="a process cannot be sent SIGTERM there")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_saves_the_step_at_hand_and_says_how_to_go_on(tmp_path, number, status):
-    process = start_script(tmp_path, "--num_epochs", "1000", "--set", "training.eval_steps=100000", "--set",
-                           "training.save_steps=100000")
-    for line in process.stdout:  # wait until it trains
-        if line.startswith("step 6 of"):
-            break
-    process.send_signal(number)
-    out, error = process.communicate()
-    assert process.returncode == status, error
-    checkpoint = load_checkpoint(tmp_path / "checkpoints" / "quickstart" / "checkpoint_latest.pth")
-    assert f"stopped at step {checkpoint['iter_num']:,} of" in out and "--checkpoint" in out
-    assert checkpoint["iter_num"] >= 6
-
-
-def test_eval_only_and_wrong_input(tmp_path):
-    trained = start_script(tmp_path, "--set", "training.max_steps=2")
-    out, error = trained.communicate()
-    assert trained.returncode == 0, error
-    looked = start_script(tmp_path, "--eval_only")
-    out, error = looked.communicate()
-    assert looked.returncode == 0 and "validation loss" in out and "Once upon a time there was" in out, error
-    for arguments, part in ((["--set", "model.d_modle=3"], "d_model"),
-                            (["--checkpoint", "no.pth"], "no such checkpoint"),
-                            (["--config", "no.yaml"], "no such file"),
-                            (["--num_epochs", "0"], "at least 1"),
-                            (["--set", "data.dataset=no/such/place.txt"], "no such file")):
-        wrong = start_script(tmp_path, *arguments)
-        out, error = wrong.communicate()
-        assert wrong.returncode == 2 and error.startswith("error: ") and part in error and error.count("\n") == 1
+    assert start_run(config, None, None) == 0
+    latest = tmp_path / "run" / "checkpoint_latest.pth"
+    steps = load_checkpoint(latest)["iter_num"]
+    assert steps < 60 and "stopped early: 2 evaluations" in capsys.readouterr().out
+    assert start_run(config, None, latest, resume=True) == 0  # over is over
+    assert load_checkpoint(latest)["iter_num"] == steps and len(metrics(tmp_path / "run", "final")) == 1

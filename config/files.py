@@ -1,0 +1,66 @@
+"""Files on a disk that may be full, with other programs beside this one: written whole or not at all, built by one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+from config.cli import UserError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, which takes the place of `path` when the block ends.
+
+    Whatever stops it, a kill or a power failure included, `path` holds the old file or the whole new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        if os.name == "posix":  # so that the new name, too, outlasts a power failure
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove the parts that killed programs left of files called `name`. To be called by who holds the lock."""
+    for part in folder.glob(f"{name}.*.part"):
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_one(lock: Path, busy: str, wait: bool) -> Iterator[None]:
+    """Hold the file `lock` while the block runs; the system frees it however the program ends.
+
+    If another program holds it: print `busy` and wait, or, without `wait`, raise UserError with that text.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(lock)
+    try:
+        held.acquire(blocking=False)
+    except Timeout:
+        if not wait:
+            raise UserError(busy) from None
+        print(busy, flush=True)
+        held.acquire()
+    except NotImplementedError:  # a network file system without locks: as careful as it can be is without
+        pass
+    try:
+        yield
+    finally:
+        held.release()

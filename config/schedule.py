@@ -1,0 +1,39 @@
+"""The learning rate of each step, and what of a schedule does not fit the run."""
+
+from __future__ import annotations
+
+import math
+
+from config.schema import Config, SchedulerConfig
+
+
+def learning_rate(step: int, peak: float, total_steps: int, scheduler: SchedulerConfig) -> float:
+    """The rate of step 1 .. total_steps: linear warm-up to `peak`, then the schedule, min_lr from its last step on."""
+    decay_steps = scheduler.lr_decay_iters or total_steps
+    if step <= scheduler.warmup_steps:
+        return peak * step / scheduler.warmup_steps
+    if scheduler.type == "constant":
+        return peak
+    progress = min(1.0, (step - scheduler.warmup_steps) / max(1, decay_steps - scheduler.warmup_steps))
+    share = 0.5 * (1 + math.cos(math.pi * progress)) if scheduler.type == "cosine" else 1 - progress
+    return scheduler.min_lr + share * (peak - scheduler.min_lr)
+
+
+def schedule_notes(config: Config, total_steps: int, step: int = 0, rate: float = 0.0) -> list[str]:
+    """What of the schedule does not fit the real number of steps, said out loud.
+
+    step and rate: of the last step done, where a run goes on.
+    """
+    scheduler, peak, notes = config.scheduler, config.optimizer.learning_rate, []
+    if scheduler.warmup_steps >= total_steps:
+        notes.append(f"scheduler.warmup_steps is {scheduler.warmup_steps:,}, but this run has {total_steps:,} steps: "
+                     "the learning rate only rises")
+    if scheduler.lr_decay_iters and scheduler.lr_decay_iters != total_steps and scheduler.type != "constant":
+        end = learning_rate(total_steps, peak, total_steps, scheduler)
+        notes.append(f"scheduler.lr_decay_iters is {scheduler.lr_decay_iters:,}, but this run has {total_steps:,} steps"
+                     f" and ends at a rate of {end:.1e} (min_lr is {scheduler.min_lr:.1e}); null fits it to the run")
+    now = learning_rate(step + 1, peak, total_steps, scheduler)
+    if step > scheduler.warmup_steps and now > 1.1 * rate:
+        notes.append(f"the schedule now spans {total_steps:,} steps, so the learning rate goes up from {rate:.1e} to "
+                     f"{now:.1e}: the loss rises at first")
+    return notes

@@ -1,0 +1,194 @@
+"""What a run leaves on disk: checkpoint files, and the folder that holds them with metrics.jsonl.
+
+A checkpoint is a dict of tensors and plain values in torch's zip format, whose checksums are verified on reading.
+model.py makes a model of one, train.py goes on from one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from config import Config, UserError, config_from_dict
+from config.files import only_one, remove_leftovers, replacing
+
+FORMAT = 1
+KEYS = {"model": dict, "config": dict, "tokenizer": str, "iter_num": int, "epoch": float, "best_val_loss": float}
+LATEST, BEST = "checkpoint_latest.pth", "best_model.pth"
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write a dict of tensors and plain values. Whatever stops it, `path` holds the old file or the whole new one."""
+    with replacing(path) as file:
+        try:
+            torch.save({"format": FORMAT, **checkpoint}, file)
+        except RuntimeError as error:  # torch's second one, of closing its zip after the disk was full
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint; nothing in the file is run. Raises UserError if it is missing, damaged or not one of ours."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; train.py writes {LATEST} to training.output_dir")
+    with path.open("rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()  # torch.load does not look at the checksums
+            file.seek(0)
+            checkpoint = None if damaged else torch.load(file, map_location=device, weights_only=True)
+        except Exception:  # on a bad file zipfile and torch raise nearly everything, even OSError
+            damaged = True
+    if damaged:
+        raise UserError(f"{path}: damaged, or not a checkpoint; use another one, such as {BEST}")
+    found = checkpoint if isinstance(checkpoint, dict) else {}
+    missing = [key for key, kind in KEYS.items() if not isinstance(found.get(key), kind)]
+    if missing:
+        raise UserError(f"{path}: not a checkpoint of this project: it lacks {', '.join(missing)}")
+    if found.get("format") != FORMAT:
+        raise UserError(f"{path}: checkpoint format {found.get('format')}, but this program reads {FORMAT}: use the "
+                        "version of this project that wrote it")
+    return checkpoint
+
+
+def check_resumable(checkpoint: dict[str, Any], source: Path, config: Config, train_digest: str | None = None,
+                    ) -> list[str]:
+    """Raise UserError if a run with this config cannot go on from the checkpoint. Returns what changed, for a note.
+
+    train_digest: of the training tokens, once they are there.
+    """
+    missing = [key for key in ("optimizer", "position", "train_digest", "metrics_size") if key not in checkpoint]
+    if missing:
+        raise UserError(f"{source}: cannot be resumed from, it lacks {', '.join(missing)}: a version of this project "
+                        "before resuming was exact wrote it; it still works with generate.py")
+    if train_digest not in (None, checkpoint["train_digest"]):
+        raise UserError(f"{source}: was trained on other stories than the training tokens hold now: give it back its "
+                        "data.dataset and its files, or train a new model on these")
+    before, now, changed = config_from_dict(checkpoint["config"], str(source)).to_dict(), config.to_dict(), []
+    for key, value in now["model"].items():
+        free = key in ("dropout", "use_flash_attention")  # no weight depends on these
+        if not free and before["model"][key] != value:
+            raise UserError(f"{source}: model.{key} is {before['model'][key]} there, but {value} in the config: "
+                            "without --config, the checkpoint's own is used")
+    for section, values in now.items():
+        changed += [f"{section}.{key} {before[section][key]} -> {value}" for key, value in values.items()
+                    if before[section][key] != value and key not in ("show_progress", "output_dir")]
+    return ["changed since the checkpoint: " + ", ".join(changed)] if changed else []
+
+
+class RunFolder:
+    """training.output_dir while a run holds it. Full disks are told and outlived; nothing half-written stays.
+
+    metrics.jsonl counts up to `metrics_size` bytes: a checkpoint notes that number, and a resumed run cuts the file
+    there, so that no step stands in it twice. Without `writes` (of several processes, all but the first) nothing is
+    written.
+    """
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path = path
+        self.writes = writes
+        self.metrics = path / "metrics.jsonl"
+        self.metrics_size = 0
+        self._unwritten = b""  # lines that a full disk had no room for
+
+    def begin(self, checkpoint: Path | None = None, metrics_size: int = 0) -> None:
+        """Make the folder ready for a new run, or for going on from `checkpoint`, which noted `metrics_size`.
+
+        The files of another run go to previous/, which holds one run: starting anew by mistake loses nothing.
+        Whoever goes on from a checkpoint in previous/ has the two change places.
+        """
+        if not self.writes:
+            return
+        home = checkpoint.expanduser().resolve().parent if checkpoint else None
+        previous = self.path / "previous"
+        aside = self.path / "previous.part"
+        back = home is not None and home == previous.resolve()
+        if back:
+            previous.rename(aside)
+        if home != self.path.resolve():
+            self._move_to(previous)
+        if back:
+            for path in aside.iterdir():
+                path.replace(self.path / path.name)
+            aside.rmdir()
+        elif home and home != self.path.resolve() and (home / self.metrics.name).is_file():
+            self.metrics.write_bytes((home / self.metrics.name).read_bytes())
+        if self.metrics.exists():
+            with self.metrics.open("r+b") as file:
+                self.metrics_size = min(metrics_size, file.seek(0, 2))
+                file.truncate(self.metrics_size)
+
+    def _move_to(self, previous: Path) -> None:
+        """Move what a run left in this folder to `previous`, in place of what was there."""
+        earlier = [path for path in (*self.path.glob("*.pth"), self.metrics) if path.exists()]
+        if not earlier:
+            return
+        previous.mkdir(exist_ok=True)
+        for path in previous.iterdir():
+            path.unlink()
+        for path in earlier:
+            path.replace(previous / path.name)
+        print(f"output: {self.path} held an earlier run: moved to {previous} (to go on with it: --checkpoint "
+              f"{previous / LATEST})")
+
+    def record(self, entry: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl; what a full disk refuses is kept and written with the next."""
+        if not self.writes:
+            return
+        told_already = bool(self._unwritten)
+        self._unwritten += (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8")
+        with _told(self.metrics, told_already), self.metrics.open("r+b" if self.metrics.exists() else "wb") as file:
+            file.seek(self.metrics_size)  # over what an earlier try may have left
+            file.write(self._unwritten)
+            file.flush()
+            self.metrics_size, self._unwritten = file.tell(), b""
+
+    def save(self, name: str, checkpoint: Callable[[], dict[str, Any]]) -> bool:
+        """Write what checkpoint() returns. False if that failed, which is told; the old file is then still there."""
+        if not self.writes:
+            return True
+        with _told(self.path / name):
+            save_checkpoint(self.path / name, checkpoint())
+            return True
+        return False
+
+    def keep_newest(self, count: int) -> None:
+        """Remove all checkpoint_epoch_N.pth but the `count` written last."""
+        if not self.writes:
+            return
+        epochs = [path for path in self.path.iterdir() if re.fullmatch(r"checkpoint_epoch_\d+\.pth", path.name)]
+        epochs.sort(key=lambda path: path.stat().st_mtime_ns)
+        for path in epochs[:max(0, len(epochs) - count)]:
+            with contextlib.suppress(OSError):  # in use on Windows, say: then the next time
+                path.unlink()
+
+
+@contextlib.contextmanager
+def _told(path: Path, already: bool = False) -> Iterator[None]:
+    """Turn a disk that refuses (full, unplugged, over quota) into a line: training goes on and tries again later."""
+    try:
+        yield
+    except OSError as error:
+        if not already:
+            tqdm.write(f"warning: {path}: not saved ({error.strerror or error}); what was there is kept, the run goes "
+                       "on and tries again at the next save")
+
+
+@contextlib.contextmanager
+def hold_folder(path: Path, writes: bool = True) -> Iterator[RunFolder]:
+    """The output folder, for this run alone. Raises UserError if another run has it, OSError if it is not writable."""
+    if not writes:
+        yield RunFolder(path, writes)
+        return
+    with only_one(path / ".lock", f"{path}: another program is training into this folder: wait for it, or set "
+                  "training.output_dir to another one", wait=False):
+        remove_leftovers(path)
+        yield RunFolder(path)

@@ -1,0 +1,253 @@
+"""A checkpoint is whole or refused in one line, whatever happened to the disk, the process or the file."""
+
+import itertools
+import json
+import multiprocessing
+import random
+
+import pytest
+import torch
+
+from config import Config, UserError
+from config.schema import ModelConfig
+from data.checkpoints import BEST, LATEST, RunFolder, check_resumable, hold_folder, load_checkpoint, save_checkpoint
+from model import Transformer, model_from_checkpoint
+
+SHAPE = ModelConfig(vocab_size=300, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ffn=48, max_seq_len=32)
+
+
+def make_checkpoint(seed: int = 0) -> dict:
+    torch.manual_seed(seed)
+    config = Config(model=SHAPE).to_dict()
+    config["data"]["max_seq_len"] = SHAPE.max_seq_len
+    return {"model": Transformer(SHAPE).state_dict(), "config": config, "tokenizer": "{}", "iter_num": 3, "epoch": 0.5,
+            "best_val_loss": 1.5, "optimizer": {}, "position": 6, "train_digest": "abc", "metrics_size": 0}
+
+
+def refusal(function, *arguments) -> str:
+    """The one line with which it is refused."""
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# The file
+
+def test_a_checkpoint_comes_back_whole(tmp_path):
+    path, checkpoint = tmp_path / "deep er" / "größe.pth", make_checkpoint()
+    save_checkpoint(path, checkpoint)
+    found = load_checkpoint(path)
+    model, tokens = Transformer(SHAPE).eval(), torch.arange(30)[None]
+    model.load_state_dict(checkpoint["model"])
+    assert torch.equal(model_from_checkpoint(found, path, "cpu")(tokens), model(tokens)) and found["iter_num"] == 3
+    assert not any(name.startswith(("_orig_mod.", "module.")) for name in found["model"])
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, make_checkpoint())
+    before = path.read_bytes()
+
+    def torn(value, file):
+        file.write(b"half a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(path, make_checkpoint())
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+class Dangerous:
+    def __reduce__(self):
+        return (print, ("code from a file was run",))
+
+
+def test_what_is_no_checkpoint_is_told_in_one_line(tmp_path, capsys):
+    good, path = tmp_path / "good.pth", tmp_path / "bad.pth"
+    save_checkpoint(good, make_checkpoint())
+    whole, wrong_shape = good.read_bytes(), make_checkpoint()
+    wrong_shape["config"]["model"]["d_ffn"] = 96
+    cases = [
+        (lambda: None, "no such checkpoint"),
+        (lambda: path.write_bytes(whole[:5000]), "damaged"),
+        (lambda: path.write_bytes(whole[:-1]), "damaged"),
+        (lambda: path.write_bytes(b""), "damaged"),
+        (lambda: path.write_text("not a checkpoint", encoding="utf-8"), "damaged"),
+        (lambda: torch.save({"model": {}, "model_args": {}}, path), "lacks config, tokenizer"),
+        (lambda: torch.save([1, 2], path), "lacks model, config"),
+        (lambda: torch.save({"model": Dangerous()}, path), "damaged, or not a checkpoint"),
+        (lambda: torch.save({**make_checkpoint(), "format": 0}, path), "format 0, but this program reads 1"),
+        (lambda: torch.save({**make_checkpoint(), "format": 1, "iter_num": "3"}, path), "lacks iter_num"),
+        (lambda: save_checkpoint(path, wrong_shape), "do not fit the model"),
+    ]
+    for make, part in cases:
+        make()
+        line = refusal(lambda: model_from_checkpoint(load_checkpoint(path), path, "cpu"))
+        assert line.startswith(str(path)) and part in line
+    assert "was run" not in capsys.readouterr().out
+
+
+def test_no_flipped_byte_is_believed(tmp_path):
+    """Wherever it is: the file is refused, or the byte carried nothing and all comes back as it was."""
+    path, original = tmp_path / "a.pth", make_checkpoint()
+    save_checkpoint(path, original)
+    whole, refused = path.read_bytes(), 0
+    draw = random.Random(0)
+    for _ in range(200):
+        place = draw.randrange(len(whole))
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1:])
+        try:
+            found = load_checkpoint(path)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            continue
+        assert {key: found[key] for key in original if key != "model"} == {k: v for k, v in original.items()
+                                                                          if k != "model"}
+        assert all(torch.equal(found["model"][name], tensor) for name, tensor in original["model"].items())
+    assert refused > 150  # nearly all of the file is weights
+
+
+# A process that is killed
+
+def save_for_ever(path, pipe):
+    for number in itertools.count(1):
+        save_checkpoint(path, make_checkpoint() | {"model": {"w": torch.full((30_000,), float(number))},
+                                                   "iter_num": number})
+        if number == 1:
+            pipe.send("saved")
+
+
+def test_fifty_kills_while_saving_leave_fifty_whole_checkpoints(tmp_path):
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context, draw, path = multiprocessing.get_context(method), random.Random(), tmp_path / LATEST
+    if method == "forkserver":
+        context.set_forkserver_preload(["torch", "data.checkpoints", "model", "pytest"])
+    parts = 0
+    for _ in range(50):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=save_for_ever, args=(path, sender), daemon=True)
+        process.start()
+        receiver.recv()
+        process.join(timeout=draw.uniform(0, 0.01))  # a random moment; about 5 saves long
+        process.kill()
+        process.join()
+        found = load_checkpoint(path)
+        assert found["model"]["w"].eq(found["iter_num"]).all()
+        parts += any(tmp_path.glob("*.part"))
+        with hold_folder(tmp_path):
+            assert not list(tmp_path.glob("*.part"))  # what the killed one left is tidied up
+    assert parts  # some were killed in the middle of a save
+
+
+# The folder of a run
+
+def test_a_full_disk_costs_a_line_and_nothing_else(tmp_path, monkeypatch, capsys):
+    with hold_folder(tmp_path) as folder:
+        folder.record({"step": 1})
+        assert folder.save(LATEST, make_checkpoint)
+        before = (tmp_path / LATEST).read_bytes()
+        full = OSError(28, "No space left on device")
+
+        def refuse(*args):
+            raise full
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", refuse)
+            assert not folder.save(LATEST, lambda: make_checkpoint(1))
+            patch.setattr("pathlib.Path.open", refuse)
+            folder.record({"step": 2})
+            folder.record({"step": 3})
+        out = capsys.readouterr().out
+        assert out.count("warning: ") == 2 and out.count("No space left") == 2 and LATEST in out
+        assert (tmp_path / LATEST).read_bytes() == before and not list(tmp_path.glob("*.part"))
+        folder.record({"step": 4})  # there is room again: nothing was lost
+        assert folder.save(LATEST, lambda: make_checkpoint(1))
+    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    assert (tmp_path / LATEST).read_bytes() != before
+
+
+def test_only_the_newest_epochs_stay(tmp_path):
+    with hold_folder(tmp_path) as folder:
+        for epoch in range(8, 13):  # 10 comes after 9
+            assert folder.save(f"checkpoint_epoch_{epoch}.pth", make_checkpoint)
+            folder.keep_newest(2)
+        folder.save(BEST, make_checkpoint)
+        folder.keep_newest(2)
+    kept = {"checkpoint_epoch_11.pth", "checkpoint_epoch_12.pth", BEST}
+    assert {path.name for path in tmp_path.glob("*.pth")} == kept
+
+
+def test_a_folder_is_held_by_one_run(tmp_path):
+    with hold_folder(tmp_path):
+        def enter():
+            with hold_folder(tmp_path):
+                pass
+        assert "another program is training" in refusal(enter)
+    with hold_folder(tmp_path):
+        pass
+
+
+def run_in(path, number, checkpoint=None, metrics_size=0):
+    """Leave a run's files there, whose number says which run it was."""
+    with hold_folder(path) as folder:
+        folder.begin(checkpoint, metrics_size)
+        folder.record({"run": number})
+        folder.save(LATEST, lambda: make_checkpoint() | {"iter_num": number, "metrics_size": folder.metrics_size})
+    return folder.metrics_size
+
+
+def runs(path):
+    lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return load_checkpoint(path / LATEST)["iter_num"], [json.loads(line)["run"] for line in lines]
+
+
+def test_a_new_run_keeps_the_one_before_and_going_back_to_it_swaps_them(tmp_path, capsys):
+    size = run_in(tmp_path, 1)
+    run_in(tmp_path, 2)
+    assert runs(tmp_path) == (2, [2]) and runs(tmp_path / "previous") == (1, [1])
+    assert "held an earlier run" in capsys.readouterr().out
+    run_in(tmp_path, 3, tmp_path / "previous" / LATEST, size)  # the new one was a mistake: go on with the first
+    assert runs(tmp_path) == (3, [1, 3]) and runs(tmp_path / "previous") == (2, [2])
+    assert not (tmp_path / "previous.part").exists()
+
+
+def test_going_on_elsewhere_takes_the_metrics_along(tmp_path):
+    size = run_in(tmp_path / "a", 1)
+    run_in(tmp_path / "b", 2)
+    run_in(tmp_path / "b", 3, tmp_path / "a" / LATEST, size)
+    assert runs(tmp_path / "b") == (3, [1, 3]) and runs(tmp_path / "b" / "previous") == (2, [2])
+    assert runs(tmp_path / "a") == (1, [1])
+
+
+@pytest.mark.parametrize("tail", [b'{"run": 2}\n{"run": 3}\n', b'{"run"', b"\xff\x00 garbage"])
+def test_metrics_are_cut_where_the_checkpoint_was(tmp_path, tail):
+    size = run_in(tmp_path, 1)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(tail)
+    run_in(tmp_path, 5, tmp_path / LATEST, size)
+    assert runs(tmp_path) == (5, [1, 5])
+
+
+def test_without_writing_nothing_is_written(tmp_path):
+    with hold_folder(tmp_path / "run", writes=False) as folder:
+        folder.begin()
+        folder.record({"step": 1})
+        assert folder.save(LATEST, make_checkpoint)
+        folder.keep_newest(0)
+    assert isinstance(folder, RunFolder) and not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_resumed_is_told_in_one_line(tmp_path):
+    path, checkpoint = tmp_path / "a.pth", make_checkpoint()
+    config = Config(model=SHAPE)
+    assert check_resumable(checkpoint, path, config, "abc") == ["changed since the checkpoint: data.max_seq_len 32 -> "
+                                                                "None"]
+    old = {key: value for key, value in checkpoint.items() if key not in ("position", "train_digest")}
+    assert "lacks position, train_digest" in refusal(check_resumable, old, path, config)
+    assert "trained on other stories" in refusal(check_resumable, checkpoint, path, config, "abd")
+    assert "model.vocab_size is 300 there, but 10000" in refusal(check_resumable, checkpoint, path, Config())

@@ -1,0 +1,218 @@
+"""A run cannot be lost: stopped anyhow, shared out anyhow, it ends where the uninterrupted one does."""
+
+import json
+import os
+import random
+import signal
+
+import pytest
+import torch
+
+from config.cli import deferred_interrupts
+from data.checkpoints import LATEST, hold_folder, load_checkpoint
+
+ON_POSIX = pytest.mark.skipif(os.name == "nt", reason="a process cannot be sent signals there")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def finish(process, status=0):
+    out, error = process.communicate()
+    assert process.returncode == status, out + error
+    return out, error
+
+
+def wait_for_step(process, step):
+    """Read what it prints until it has done that many steps. False if it ended before."""
+    for line in process.stdout:
+        if line.startswith("step ") and " of " in line and int(line.split()[1].replace(",", "")) >= step:
+            return True
+    return False
+
+
+def metrics(folder):
+    """All lines, without the speeds, which no two runs share."""
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in entry.items() if key != "tokens_per_second"} for entry in entries]
+
+
+def weights(folder):
+    return load_checkpoint(folder / LATEST)["model"]
+
+
+# One process, interrupted
+
+@ON_POSIX
+def test_a_run_stopped_at_random_steps_ends_as_if_nothing_had_happened(start_script, tmp_path):
+    """Ctrl-C, SIGTERM and kill -9, with dropout and accumulation: the same weights bit for bit, the same metrics."""
+    settings = ["--set", "training.max_steps=120", "--set", "training.save_steps=7", "--set", "training.eval_steps=25",
+                "--set", "training.logging_steps=3", "--set", "training.eval_samples=5"]
+    finish(start_script(*settings, "--set", "training.output_dir=whole"))
+    settings += ["--resume", "--set", "training.output_dir=stopped"]
+    draw, stopped = random.Random(), []
+    signals = [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL]
+    draw.shuffle(signals)
+    for number, step in zip(signals, sorted(draw.sample(range(3, 110), 4)), strict=True):
+        process = start_script(*settings)
+        if wait_for_step(process, step):
+            process.send_signal(number)
+            stopped.append((number.name, step))
+        out, error = process.communicate()
+        assert process.returncode in (0, 130, 143, -signal.SIGKILL), out + error
+    finish(start_script(*settings))
+    assert len(stopped) >= 2, stopped  # a fast machine may have been done before the last signals
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items()), stopped
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole"), stopped
+    out, _ = finish(start_script(*settings))  # once more: it is done
+    assert "has done its 120 steps already" in out
+
+
+@ON_POSIX
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_saves_the_step_at_hand_and_says_how_to_go_on(start_script, tmp_path, number, status):
+    process = start_script("--num_epochs", "1000", "--set", "training.eval_steps=100000", "--set",
+                           "training.save_steps=100000")
+    assert wait_for_step(process, 6)
+    process.send_signal(number)
+    out, error = finish(process, status)
+    checkpoint = load_checkpoint(tmp_path / "checkpoints" / "quickstart" / LATEST)
+    assert f"stopped at step {checkpoint['iter_num']:,} of" in out and "--checkpoint" in out
+    assert checkpoint["iter_num"] >= 6 and "stopping after this step" in error
+
+
+@pytest.mark.parametrize(("second", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_leaves_at_once(second, status):
+    before = signal.getsignal(signal.SIGTERM)
+    with deferred_interrupts() as received:
+        signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM]  # and nothing was raised
+        with pytest.raises(SystemExit) as caught:
+            signal.raise_signal(second)
+        assert caught.value.code == status
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@ON_POSIX
+def test_a_disk_that_refuses_the_checkpoint_does_not_end_the_run(start_script, tmp_path):
+    import resource
+    finish(start_script("--set", "training.max_steps=5"))
+    latest = tmp_path / "checkpoints" / "quickstart" / LATEST
+    before = latest.read_bytes()
+    limit = 200_000  # bytes: more than the metrics have, less than a checkpoint
+    process = start_script("--resume", "--set", "training.max_steps=12", preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (limit, limit)))
+    out, error = finish(process, 2)
+    assert f"{LATEST}: not saved (File too large)" in out and "step 12 of 12" in out
+    assert error.startswith("error: ") and error.count("\n") == 1 and "the last save failed" in error
+    assert latest.read_bytes() == before and not list(latest.parent.glob("*.part"))
+
+
+# The same from within
+
+def test_more_epochs_stretch_the_schedule_and_say_so(tiny_config, tmp_path, capsys):
+    from train import start_run
+    config = tiny_config("training.num_epochs=1", "training.output_dir=run")
+    assert start_run(config, None, None) == 0
+    steps = load_checkpoint(tmp_path / "run" / LATEST)["iter_num"]
+    longer = tiny_config("training.num_epochs=2", "training.output_dir=run", "optimizer.weight_decay=0.3")
+    capsys.readouterr()
+    assert start_run(longer, None, tmp_path / "run" / LATEST) == 0
+    out = capsys.readouterr().out
+    assert "changed since the checkpoint: training.num_epochs 1 -> 2, optimizer.weight_decay 0.1 -> 0.3" in out
+    assert "the schedule now spans" in out and "goes up from 3.0e-04" in out
+    checkpoint = load_checkpoint(tmp_path / "run" / LATEST)
+    assert 2 * steps - 2 <= checkpoint["iter_num"] <= 2 * steps and checkpoint["epoch"] >= 2
+    groups = checkpoint["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0] and groups[0]["lr"] == pytest.approx(3e-4)
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+def test_an_evaluation_that_was_interrupted_is_made_up_for(tiny_config, tmp_path, monkeypatch):
+    import train
+    config = tiny_config("training.max_steps=12", "training.output_dir=run")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "sample_stories", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train.start_run(config, None, None)
+    assert load_checkpoint(tmp_path / "run" / LATEST)["iter_num"] == 10  # saved before the evaluation began
+    assert train.start_run(config, None, tmp_path / "run" / LATEST) == 0
+    kinds = [(entry["type"], entry["step"]) for entry in metrics(tmp_path / "run") if entry["type"] != "step"]
+    assert kinds == [("evaluation", 10), ("evaluation", 12), ("final", 12)]
+
+
+def test_other_training_tokens_are_refused(tiny_config, tmp_path):
+    from config import UserError
+    from train import start_run
+    assert start_run(tiny_config("training.max_steps=1", "training.output_dir=run"), None, None) == 0
+    before = (tmp_path / "run" / LATEST).read_bytes()
+    with pytest.raises(UserError, match="was trained on other stories"):
+        start_run(tiny_config("data.max_stories=200", "training.output_dir=run"), None, tmp_path / "run" / LATEST)
+    assert (tmp_path / "run" / LATEST).read_bytes() == before
+
+
+# Several processes
+
+@ON_POSIX  # torchrun needs a torch built with libuv on Windows
+def test_two_processes_train_as_one_and_one_goes_on_where_two_stopped(start_script, tmp_path):
+    """Dropout included: 20 steps by one, by two, and by one, two, one in turn."""
+    settings = ["--set", "training.logging_steps=1", "--set", "scheduler.lr_decay_iters=20", "--resume"]
+
+    def train(folder, steps, before=()):
+        out, _ = finish(start_script(*settings, "--set", f"training.output_dir={folder}", "--set",
+                                         f"training.max_steps={steps}", before=before))
+        assert out.count("plan: cpu") == 1 and out.count("done: ") == 1  # one of them speaks
+        return out
+
+    train("one", 20)
+    assert "cpu x 2" in train("two", 20, TORCHRUN)
+    train("turns", 7)
+    train("turns", 13, TORCHRUN)
+    train("turns", 20)
+    curves = {}
+    for folder in ("one", "two", "turns"):
+        entries = metrics(tmp_path / folder)
+        steps = [entry for entry in entries if entry["type"] == "step"]
+        assert [entry["step"] for entry in steps] == list(range(1, 21))
+        curves[folder] = [entry["loss"] for entry in steps]
+        assert [entry["step"] for entry in entries if entry["type"] == "evaluation"][-1] == 20
+        curves[folder] += [entry["val_loss"] for entry in entries if entry["type"] == "final"][-1:]
+    assert curves["two"] == pytest.approx(curves["one"], abs=1e-5)
+    assert curves["turns"] == pytest.approx(curves["one"], abs=1e-5)
+    assert curves["one"][0] - curves["one"][-2] > 0.3  # it did learn
+
+
+@ON_POSIX
+def test_batches_that_cannot_be_shared_out_are_one_line(start_script, tmp_path):
+    _, error = finish(start_script("--set", "training.gradient_accumulation_steps=3", before=TORCHRUN), 1)
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "3 cannot be shared out to 2 processes" in lines[0]
+
+
+def test_two_programs_that_pretokenize_at_once_do_not_harm_each_other(start_script, tmp_path):
+    processes = [start_script("--set", "training.max_steps=1", "--set", f"training.output_dir=run{i}") for i in (1, 2)]
+    counts = [[line for line in finish(process)[0].splitlines() if "stories, " in line] for process in processes]
+    assert counts[0] == counts[1] and len(counts[0]) == 2
+    assert torch.equal(weights(tmp_path / "run1")["norm.weight"], weights(tmp_path / "run2")["norm.weight"])
+    assert not list((tmp_path / "data" / "cache").glob("*.part"))
+
+
+# Wrong input
+
+def test_eval_only_and_wrong_input(start_script, tmp_path):
+    finish(start_script("--set", "training.max_steps=2"))
+    out, _ = finish(start_script("--eval_only"))
+    assert "validation loss" in out and "Once upon a time there was" in out
+    (tmp_path / "file.txt").write_text("a file", encoding="utf-8")
+    with hold_folder(tmp_path / "busy"):
+        for arguments, part in ((["--set", "model.d_modle=3"], "d_model"),
+                                (["--checkpoint", "no.pth"], "no such checkpoint"),
+                                (["--config", "no.yaml"], "no such file"),
+                                (["--num_epochs", "0"], "at least 1"),
+                                (["--set", "training.output_dir=busy"], "another program is training"),
+                                (["--set", "training.output_dir=file.txt/run"], "file.txt"),
+                                (["--set", "data.dataset=no/such/place.txt"], "no such file")):
+            _, error = finish(start_script(*arguments), 2)
+            assert error.startswith("error: ") and part in error and error.count("\n") == 1
