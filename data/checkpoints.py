@@ -1,26 +1,28 @@
 """What a run leaves on disk: checkpoint files, and the folder that holds them with metrics.jsonl.
 
-A checkpoint is a dict of tensors and plain values in torch's zip format, whose checksums are verified on reading.
-model.py makes a model of one, train.py goes on from one.
+A checkpoint is a dict of tensors and plain values, saved by torch, with a checksum of all of it that is verified on
+reading. model.py makes a model of one, train.py goes on from one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
-import zipfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from config import Config, UserError, config_from_dict
 from config.files import only_one, remove_leftovers, replacing
 
-FORMAT = 1
+FORMAT = 2
 KEYS = {"model": dict, "config": dict, "tokenizer": str, "iter_num": int, "epoch": float, "best_val_loss": float}
 LATEST, BEST = "checkpoint_latest.pth", "best_model.pth"
 
@@ -29,7 +31,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write a dict of tensors and plain values. Whatever stops it, `path` holds the old file or the whole new one."""
     with replacing(path) as file:
         try:
-            torch.save({"format": FORMAT, **checkpoint}, file)
+            torch.save({"format": FORMAT, "digest": content_digest(checkpoint), **checkpoint}, file)
         except RuntimeError as error:  # torch's second one, of closing its zip after the disk was full
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
@@ -39,16 +41,13 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; train.py writes {LATEST} to training.output_dir")
-    with path.open("rb") as file:
+    damaged = f"{path}: damaged, or not a checkpoint; use another one, such as {BEST}"
+    with path.open("rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's guesses at what is wrong with the file
         try:
-            with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()  # torch.load does not look at the checksums
-            file.seek(0)
-            checkpoint = None if damaged else torch.load(file, map_location=device, weights_only=True)
-        except Exception:  # on a bad file zipfile and torch raise nearly everything, even OSError
-            damaged = True
-    if damaged:
-        raise UserError(f"{path}: damaged, or not a checkpoint; use another one, such as {BEST}")
+            checkpoint = torch.load(file, map_location=device, weights_only=True)
+        except Exception:  # on a bad file torch raises nearly everything, even OSError
+            raise UserError(damaged) from None
     found = checkpoint if isinstance(checkpoint, dict) else {}
     missing = [key for key, kind in KEYS.items() if not isinstance(found.get(key), kind)]
     if missing:
@@ -56,7 +55,29 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     if found.get("format") != FORMAT:
         raise UserError(f"{path}: checkpoint format {found.get('format')}, but this program reads {FORMAT}: use the "
                         "version of this project that wrote it")
+    content = {key: value for key, value in checkpoint.items() if key not in ("format", "digest")}
+    if checkpoint.get("digest") != content_digest(content):  # torch believes a zip file's damaged directory
+        raise UserError(damaged)
     return checkpoint
+
+
+def content_digest(content: Any) -> str:
+    """sha256 of nested dicts and lists of tensors and plain values."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy())
+        elif isinstance(value, (dict, list, tuple)):
+            digest.update(f"{type(value).__name__} {len(value)}".encode())
+            for item in value.items() if isinstance(value, dict) else value:
+                add(item)
+        else:
+            digest.update(f"{value!r} ".encode())
+
+    add(content)
+    return digest.hexdigest()
 
 
 def check_resumable(checkpoint: dict[str, Any], source: Path, config: Config, train_digest: str | None = None,
