@@ -132,7 +132,7 @@ def interrupt(*args):
 
 def test_an_evaluation_that_was_interrupted_is_made_up_for(tiny_config, tmp_path, monkeypatch):
     import train
-    config = tiny_config("training.max_steps=12", "training.output_dir=run")
+    config = tiny_config("training.max_steps=12", "training.output_dir=run", "training.save_steps=100")
     with monkeypatch.context() as patch:
         patch.setattr(train, "sample_stories", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -171,16 +171,19 @@ def test_two_processes_train_as_one_and_one_goes_on_where_two_stopped(start_scri
     train("turns", 7)
     train("turns", 13, TORCHRUN)
     train("turns", 20)
-    curves = {}
+    curves, tokens = {}, set()
     for folder in ("one", "two", "turns"):
         entries = metrics(tmp_path / folder)
         steps = [entry for entry in entries if entry["type"] == "step"]
         assert [entry["step"] for entry in steps] == list(range(1, 21))
         curves[folder] = [entry["loss"] for entry in steps]
         assert [entry["step"] for entry in entries if entry["type"] == "evaluation"][-1] == 20
-        curves[folder] += [entry["val_loss"] for entry in entries if entry["type"] == "final"][-1:]
+        final = [entry for entry in entries if entry["type"] == "final"][-1]
+        curves[folder].append(final["val_loss"])
+        tokens.add(final["val_tokens"])
     assert curves["two"] == pytest.approx(curves["one"], abs=1e-5)
     assert curves["turns"] == pytest.approx(curves["one"], abs=1e-5)
+    assert len(tokens) == 1  # each took its share of the evaluation
     assert curves["one"][0] - curves["one"][-2] > 0.3  # it did learn
 
 

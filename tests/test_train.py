@@ -12,7 +12,7 @@ from config import UserError
 from config.hardware import choose_compile, choose_precision
 from config.schedule import learning_rate, schedule_notes
 from config.schema import ModelConfig, SchedulerConfig
-from data.checkpoints import load_checkpoint
+from data.checkpoints import LATEST, load_checkpoint
 from data.tokens import TokenFile, count_windows, load_tokenizer, prepare_tokens, read_batch, training_windows
 from evaluate import evaluate
 from generate import SamplingConfig, generate_tokens
@@ -344,11 +344,31 @@ def test_the_first_fault_is_found_forwards_and_backwards(where, expected):
 
 
 def test_a_spike_of_the_gradient_norm_is_reported(tiny_config, tmp_path, monkeypatch, capsys):
-    poison(monkeypatch, 33, lambda gradient: gradient * 100)
-    assert start_run(tiny_config("training.output_dir=run", "training.max_steps=40"), None, None) == 0
+    settings = ["training.output_dir=run", "scheduler.lr_decay_iters=40"]
+    assert start_run(tiny_config(*settings, "training.max_steps=30"), None, None) == 0
+    poison(monkeypatch, 3, lambda gradient: gradient * 100)  # soon after a resume, which remembers the usual norms
+    assert start_run(tiny_config(*settings, "training.max_steps=40"), None, tmp_path / "run" / LATEST) == 0
     spikes = metrics(tmp_path / "run", "spike")
     assert [entry["step"] for entry in spikes] == [33] and "step 33: gradient norm" in capsys.readouterr().out
     assert spikes[0]["gradient_norm"] > 20 * spikes[0]["median"]
+
+
+def test_a_best_that_could_not_be_saved_is_not_taken_for_saved(tiny_config, tmp_path, monkeypatch):
+    """best_model.pth and the loss that is noted for it belong together: the next evaluation tries again."""
+    from data import checkpoints
+    original, refused = checkpoints.save_checkpoint, []
+
+    def refuse_first_best(path, checkpoint):
+        if path.name == "best_model.pth" and not refused:
+            refused.append(path)
+            raise OSError(28, "No space left on device")
+        original(path, checkpoint)
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", refuse_first_best)
+    config = tiny_config("training.output_dir=run", "training.max_steps=11", "optimizer.learning_rate=1e-12",
+                         "scheduler.min_lr=0")  # so that no later evaluation is better than the one that was refused
+    assert start_run(config, None, None) == 0
+    assert refused and load_checkpoint(tmp_path / "run" / "best_model.pth")["iter_num"] == 11
 
 
 def test_early_stopping_ends_the_run(tiny_config, tmp_path, capsys):
