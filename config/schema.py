@@ -129,6 +129,8 @@ class SamplingConfig:
     temperature: NonNegativeReal = 0.8  # 0: always the likeliest token
     top_k: Count = 0  # draw from the k likeliest tokens; 0: from all
     top_p: Annotated[float, Bounds(0, 1, above=True)] = 0.95  # draw from the likeliest tokens that make up this share
+    min_p: Annotated[float, Bounds(0, 1)] = 0.0  # draw from tokens at least this share as likely as the likeliest
+    repetition_penalty: PositiveReal = 1.0  # above 1: tokens that are there already become less likely
     max_new_tokens: Positive = 400
     seed: Count = 42
 
