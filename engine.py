@@ -39,44 +39,49 @@ def sample_next(logits: Tensor, luck: Tensor, sampling: SamplingConfig, seen: Te
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature  # the likeliest token has 0
-    values, tokens = keep_likeliest(logits, sampling)
-    cumulative = values.exp().cumsum(dim=-1)  # (batch, kept)
+    if not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:
+        return draw_index(logits.exp(), luck)
+    on_cpu = logits.device.type == "cpu"  # elsewhere, to see whether some are enough is to wait
+    return draw_from_likeliest(logits, luck, sampling, CANDIDATES if on_cpu else logits.shape[1])
+
+
+def draw_index(weights: Tensor, luck: Tensor) -> Tensor:
+    """Where in each row of weights, (batch, any number), luck falls, int64, (batch,)."""
+    cumulative = weights.cumsum(dim=-1)
     luck = luck.clamp(max=1 - 2**-23)  # so that rounding never asks for more than all
-    chosen = (cumulative > luck[:, None] * cumulative[:, -1:]).int().argmax(dim=-1, keepdim=True)  # the first reached
-    return (chosen if tokens is None else tokens.gather(1, chosen)).squeeze(1)
+    return (cumulative > luck[:, None] * cumulative[:, -1:]).int().argmax(dim=-1)  # the first that reaches it
 
 
 def penalise(logits: Tensor, penalty: float) -> Tensor:
-    """Make tokens less likely by a factor of their logit (Keskar et al., 2019), whichever its sign."""
+    """Make tokens less likely by a factor on their logit (Keskar et al., 2019), whichever its sign."""
     return torch.where(logits > 0, logits / penalty, logits * penalty)
 
 
-def keep_likeliest(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor | None]:
-    """The logits, -inf where top_k, top_p or min_p cut, and the tokens they are of, in the order of their ids.
+def draw_from_likeliest(logits: Tensor, luck: Tensor, sampling: SamplingConfig, count: int) -> Tensor:
+    """Draw a token for each row, int64, (batch,), looking at the `count` likeliest; rows that need more look at more.
 
-    Both (batch, any number); tokens None: all. logits: (batch, vocab_size), at most 0, divided by the temperature.
-    top_k keeps the k likeliest; top_p of these the fewest that reach that share (Holtzman et al., 2020); min_p what is
-    at least that share as likely as the likeliest (Nguyen et al., 2024).
+    logits: (batch, vocab_size), at most 0, divided by the temperature. top_k keeps the k likeliest; top_p of these the
+    fewest that reach that share (Holtzman et al., 2020); min_p what is at least that share as likely as the likeliest
+    (Nguyen et al., 2024).
     """
-    vocab_size, top_k = logits.shape[1], min(sampling.top_k, logits.shape[1])
-    if not top_k and sampling.top_p == 1 and sampling.min_p == 0:
-        return logits, None
-    count = max(CANDIDATES, top_k + 1) if logits.device.type == "cpu" else vocab_size  # on a GPU to look is to wait
-    total = logits.logsumexp(dim=-1, keepdim=True)  # (batch, 1)
-    while True:
-        values, tokens = logits.topk(min(count, vocab_size))  # (batch, count), the likeliest first
-        kept = values >= (values[:, top_k - 1:top_k] if top_k else -math.inf)
-        if sampling.top_p < 1:
-            shares = (values - total).exp() * kept
-            shares = shares / shares.sum(dim=-1, keepdim=True) if top_k else shares
-            before = shares.cumsum(dim=-1) - shares  # the share of all likelier tokens
-            kept &= values >= values.masked_fill(before >= sampling.top_p, math.inf).amin(dim=-1, keepdim=True)
-        if sampling.min_p:
-            kept &= values >= math.log(sampling.min_p)
-        if count >= vocab_size or not kept[:, -1].any():  # the last is cut: so is everything less likely
-            tokens, order = tokens.sort(dim=-1)
-            return values.masked_fill(~kept, -math.inf).gather(1, order), tokens
-        count *= 8
+    count, top_k = min(max(count, sampling.top_k + 1), logits.shape[1]), min(sampling.top_k, logits.shape[1])
+    values, tokens = logits.topk(count)  # (batch, count), the likeliest first
+    kept = values >= (values[:, top_k - 1:top_k] if top_k else -math.inf)
+    if sampling.top_p < 1:
+        shares = values.exp() * kept
+        total = shares.sum(dim=-1, keepdim=True) if top_k else logits.exp().sum(dim=-1, keepdim=True)
+        likelier = (shares.cumsum(dim=-1) - shares) / total  # the share of all likelier tokens
+        kept &= values >= values.masked_fill(likelier >= sampling.top_p, math.inf).amin(dim=-1, keepdim=True)
+    if sampling.min_p:
+        kept &= values >= math.log(sampling.min_p)
+    tokens, order = tokens.sort(dim=-1)
+    chosen = draw_index((values.exp() * kept).gather(1, order), luck)  # in the order of the ids
+    drawn = tokens.gather(1, chosen[:, None]).squeeze(1)
+    if count < logits.shape[1]:
+        rest = kept[:, -1].nonzero().squeeze(1)  # the last one is kept, so there may be more
+        if len(rest):
+            drawn[rest] = draw_from_likeliest(logits[rest], luck[rest], sampling, 8 * count)
+    return drawn
 
 
 # Computing fast: the same model with its weights laid out anew

@@ -14,10 +14,10 @@ from conftest import REPO, TINY
 
 from config import UserError
 from config.hardware import choose_compile, choose_precision
-from config.schema import ModelConfig, SchedulerConfig
+from config.schema import ModelConfig, SamplingConfig, SchedulerConfig
 from data.tokens import read_batch, training_windows
+from engine import generate_tokens
 from evaluate import evaluate
-from generate import SamplingConfig, generate_tokens
 from model import Transformer, load_checkpoint
 from train import Run, accumulate_gradients, learning_rate, make_optimizer, schedule_notes, start_run, train_step
 
@@ -48,8 +48,9 @@ def cyclic_model():
 def test_a_learned_cycle_is_continued(cyclic_model):
     for start in range(10):
         prompt = [(start + i) % 10 for i in range(4)]
-        new = generate_tokens(cyclic_model, prompt, 299, 300, SamplingConfig(temperature=0, max_new_tokens=6), [0])[0]
-        assert new == [(start + 4 + i) % 10 for i in range(6)]
+        greedy = SamplingConfig(temperature=0, max_new_tokens=6)
+        told = next(generate_tokens(cyclic_model, [prompt], [0], 299, 300, greedy))
+        assert told[0].new == [(start + 4 + i) % 10 for i in range(6)]
 
 
 def test_the_model_predicts_the_next_token_not_the_one_after_nor_the_present_one(cyclic_model):
