@@ -172,22 +172,22 @@ def pack(model: Transformer, compute: str) -> Transformer:
 # The engine
 
 class Continuation:
-    """A prompt that is being continued: its tokens, its share of luck, and what was drawn so far."""
+    """A prompt that is being continued: its tokens, its source of luck, and what was drawn so far."""
 
     def __init__(self, index: int, prompt: Sequence[int], seed: int, max_new_tokens: int) -> None:
         self.index, self.prompt, self.new = index, prompt, []
         self.window = list(prompt)  # the tokens that the model looks back on; the last is not in the cache yet
-        # drawn on the CPU beforehand: it depends on the seed, not on the device or on the rest of the batch
-        self.luck = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed))
+        # on the CPU, and its own: what is drawn depends neither on the device nor on the rest of the batch
+        self.luck = torch.Generator().manual_seed(seed)
         self.log_probability = 0.0  # of the new tokens, nats, by the model's own distribution (temperature 1)
-        self.done = False
+        self.max_new_tokens, self.done = max_new_tokens, False
 
     def extend(self, tokens: list[int], log_probabilities: list[float], end: int) -> None:
         count = tokens.index(end) + 1 if end in tokens else len(tokens)  # what follows `end` is thrown away
         self.new += tokens[:count]
         self.window += tokens[:count]
         self.log_probability += sum(log_probabilities[:count])
-        self.done = self.new[-1] == end or len(self.new) == len(self.luck)
+        self.done = self.new[-1] == end or len(self.new) == self.max_new_tokens
 
 
 @torch.inference_mode()
@@ -218,9 +218,9 @@ def generate_tokens(model: Transformer, prompts: Sequence[Sequence[int]], seeds:
                 seen[row, [token for token in told.prompt if token != end]] = True
             seen = seen.to(device)
         while running:
-            so_far = len(running[0].new)  # the same in all rows
-            steps = min(check_every, sampling.max_new_tokens - so_far, context - cache.length)
-            luck = torch.stack([told.luck[so_far:so_far + steps] for told in running])  # (rows, steps)
+            left = sampling.max_new_tokens - len(running[0].new)  # the same in all rows
+            steps = min(check_every, left, context - cache.length)
+            luck = torch.stack([torch.rand(steps, generator=told.luck) for told in running])  # (rows, steps)
             tokens = torch.tensor([told.window[-1:] for told in running])  # (rows, 1)
             drawn = draw(model, cache, tokens, luck, end, num_tokens, sampling, seen)
             for told, *row in zip(running, *drawn, strict=True):

@@ -125,6 +125,7 @@ def talk(model: Transformer, tokenizer: Tokenizer, sampling: SamplingConfig,
     """Read beginnings of stories, and commands, from standard input until it ends; go on with each beginning."""
     with contextlib.suppress(ImportError):  # not on Windows
         import readline  # noqa: F401  (importing it gives input() a history and editing)
+    sys.stdin.reconfigure(errors="replace")
     print(HELP, file=sys.stderr)
     while True:
         try:
@@ -206,7 +207,8 @@ def main() -> None:
     args = parse_arguments()
     if args.num_samples < 1 or (args.interactive and args.num_samples > 1):
         raise UserError(f"--num_samples {args.num_samples}: at least 1, and with --interactive just 1")
-    prompts = read_prompts(args.prompts_file) if args.prompts_file else [args.prompt]
+    typed = args.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # it may hold any bytes
+    prompts = read_prompts(args.prompts_file) if args.prompts_file else [typed]
     device, path = choose_device(args.device), args.checkpoint or newest_checkpoint()
     checkpoint = load_checkpoint(path)
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}

@@ -332,8 +332,8 @@ COMMAND = [sys.executable, str(REPO / "generate.py"), "--device", "cpu"]
 
 @pytest.fixture
 def run_generate(folder):
-    return lambda *args, **kwargs: subprocess.run([*COMMAND, *args], cwd=folder, capture_output=True, encoding="utf-8",
-                                                  errors="replace", **kwargs)
+    return lambda *args, **kwargs: subprocess.run([*COMMAND, *args], cwd=folder, capture_output=True, **{
+        "encoding": "utf-8", "errors": "replace", **kwargs})
 
 
 def test_the_script_takes_the_newest_checkpoint_and_says_what_it_is(run_generate):
@@ -383,6 +383,13 @@ def test_bad_flags_are_one_line_and_status_2(folder, arguments, part, monkeypatc
     assert caught.value.code == 2 and line.startswith("error: ") and part in line
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="arguments are text there")
+def test_bytes_that_are_no_text_are_replaced(run_generate):
+    for done in (run_generate("--prompt", os.fsdecode(b"One\xff day")),
+                 run_generate("--interactive", input="One\udcff day\n", errors="surrogateescape")):
+        assert done.returncode == 0 and done.stdout.startswith("One\ufffd day"), done.stderr
+
+
 def test_talking_settings_change_stories_go_on_and_mistakes_are_one_line(run_generate):
     lines = ["Tom", "/set temperature 0", "Lily was", "Lily was", "/set temperatur 3", "/set top_p 7", "/set seed",
              "/dance", "dog " * 100, "/help", "", "/quit", "never told"]
@@ -401,7 +408,8 @@ def test_talking_settings_change_stories_go_on_and_mistakes_are_one_line(run_gen
 def test_in_a_terminal_ctrl_c_stops_the_story_and_not_the_program(folder):
     import pty
     controller, terminal = pty.openpty()
-    process = subprocess.Popen([*COMMAND, "--interactive", "--max_new_tokens", "1000000"], cwd=folder, stdin=terminal,
+    endless = ["--max_new_tokens", "1000000000000"]
+    process = subprocess.Popen([*COMMAND, "--interactive", *endless], cwd=folder, stdin=terminal,
                                stdout=terminal, stderr=terminal, start_new_session=True)
     os.close(terminal)
     seen = b""
@@ -416,7 +424,7 @@ def test_in_a_terminal_ctrl_c_stops_the_story_and_not_the_program(folder):
         os.write(controller, b"Once upon a time\n")
         read_until(b"Once upon a time\r\n")  # the echo
         seen = b""
-        read_until(b"Once upon a time")  # the story has begun
+        read_until(b"Once upon a time")  # the story has begun, and has no end in sight
         process.send_signal(signal.SIGINT)
         read_until(b"stopped")
         seen = seen[seen.index(b"stopped"):]
