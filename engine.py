@@ -48,7 +48,6 @@ def sample_next(logits: Tensor, luck: Tensor, sampling: SamplingConfig, seen: Te
 def draw_index(weights: Tensor, luck: Tensor) -> Tensor:
     """Where in each row of weights, (batch, any number), luck falls, int64, (batch,)."""
     cumulative = weights.cumsum(dim=-1)
-    luck = luck.clamp(max=1 - 2**-23)  # so that rounding never asks for more than all
     return (cumulative > luck[:, None] * cumulative[:, -1:]).int().argmax(dim=-1)  # the first that reaches it
 
 
@@ -215,6 +214,7 @@ def generate_tokens(model: Transformer, prompts: Sequence[Sequence[int]], seeds:
         if sampling.repetition_penalty != 1:
             seen = torch.zeros(len(running), num_tokens, dtype=torch.bool)
             for row, told in enumerate(running):
+                # not `end`, which begins every prompt: else repetition_penalty would keep stories from ending
                 seen[row, [token for token in told.prompt if token != end]] = True
             seen = seen.to(device)
         while running:
@@ -222,7 +222,7 @@ def generate_tokens(model: Transformer, prompts: Sequence[Sequence[int]], seeds:
             steps = min(check_every, left, context - cache.length)
             luck = torch.stack([torch.rand(steps, generator=told.luck) for told in running])  # (rows, steps)
             tokens = torch.tensor([told.window[-1:] for told in running])  # (rows, 1)
-            drawn = draw(model, cache, tokens, luck, end, num_tokens, sampling, seen)
+            drawn = draw(model, cache, tokens, luck, num_tokens, sampling, seen)
             for told, *row in zip(running, *drawn, strict=True):
                 told.extend(*row, end)
             yield running
@@ -240,8 +240,8 @@ def generate_tokens(model: Transformer, prompts: Sequence[Sequence[int]], seeds:
             prefill(model, cache, [running[row] for row in full], full)
 
 
-def draw(model: Transformer, cache: KVCache, tokens: Tensor, luck: Tensor, end: int, num_tokens: int,
-         sampling: SamplingConfig, seen: Tensor | None) -> tuple[list[list[int]], list[list[float]]]:
+def draw(model: Transformer, cache: KVCache, tokens: Tensor, luck: Tensor, num_tokens: int, sampling: SamplingConfig,
+         seen: Tensor | None) -> tuple[list[list[int]], list[list[float]]]:
     """As many tokens for each row as luck, (rows, steps), has columns, and their log-probabilities at temperature 1.
 
     tokens: int64, (rows, 1), what comes before. The device is waited for once, at the end.
@@ -253,7 +253,6 @@ def draw(model: Transformer, cache: KVCache, tokens: Tensor, luck: Tensor, end: 
         tokens = sample_next(logits, column, sampling, seen)[:, None]  # (rows, 1)
         if seen is not None:
             seen.scatter_(1, tokens, True)
-            seen[:, end] = False  # else repetition_penalty would keep stories from ending
         drawn.append(tokens)
         log_probabilities.append(logits.gather(1, tokens) - logits.logsumexp(dim=-1, keepdim=True))
     return torch.cat(drawn, dim=1).tolist(), torch.cat(log_probabilities, dim=1).tolist()
