@@ -81,8 +81,9 @@ def sample_stories(model: Transformer, tokenizer: Tokenizer, config: Config) -> 
     """One story for each prompt of the config, always with the same seed, so that evaluations compare."""
     model.eval()
     try:
-        return [tell_stories(model, tokenizer, prompt, config.sampling, [config.sampling.seed])[0].text
-                for prompt in config.sampling.prompts]
+        prompts = config.sampling.prompts
+        stories = tell_stories(model, tokenizer, prompts, config.sampling, [config.sampling.seed] * len(prompts))
+        return [story.text for story in sorted(stories)]
     finally:
         model.train()
 

@@ -38,8 +38,9 @@ def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first rotary_dim dimensions of each head, pass the rest through.
 
-    x: (batch, heads, seq_len, head_dim); cos, sin: (seq_len, rotary_dim / 2). Dimension i is paired with
-    i + rotary_dim / 2 (half-split pairs, as transformers has them; Meta's own code pairs neighbours).
+    x: (batch, heads, seq_len, head_dim); cos, sin: (seq_len, rotary_dim / 2), or with each row's own positions
+    (batch, 1, seq_len, rotary_dim / 2). Dimension i is paired with i + rotary_dim / 2 (half-split pairs, as
+    transformers has them; Meta's own code pairs neighbours).
     """
     half = cos.shape[-1]
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
@@ -49,25 +50,39 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of the tokens so far, so that the next token needs only itself. Filled by Transformer.forward.
 
-    layers: for each layer a key and a value tensor, (batch, n_kv_heads, max_len, head_dim); the first `length`
-    positions of them are filled.
+    Slot i of a row holds its token i. layers: for each layer a key and a value tensor, (max_rows, n_kv_heads, max_len,
+    head_dim). lengths: the tokens of each row in use, known without asking the device; the rows after them are free.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, max_len: int, device: torch.device,
+    def __init__(self, config: ModelConfig, max_rows: int, max_len: int, device: torch.device,
                  dtype: torch.dtype = torch.float32) -> None:
-        shape = (batch_size, config.kv_heads, max_len, config.head_dim)
+        shape = (max_rows, config.kv_heads, max_len, config.head_dim)
         self.layers = [(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
                        for _ in range(config.n_layers)]
-        self.max_len = max_len
-        self.length = 0
+        self.device, self.lengths = device, [0] * max_rows
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (batch, n_kv_heads, seq_len, head_dim) after `length`; return all keys and values up to there."""
-        end = self.length + keys.shape[2]
-        cached_keys, cached_values = self.layers[layer]
-        cached_keys[:, :, self.length:end] = keys
-        cached_values[:, :, self.length:end] = values
-        return cached_keys[:, :, :end], cached_values[:, :, :end]
+    @property
+    def length(self) -> int:
+        return max(self.lengths, default=0)
+
+    def positions(self, seq_len: int) -> slice | Tensor:
+        """Where each row's next tokens go: one slice if that is the same for all, else int64, (rows, seq_len)."""
+        if min(self.lengths) == self.length:  # a slice saves scattering and masks
+            return slice(self.length, self.length + seq_len)
+        starts = torch.tensor(self.lengths).to(self.device, non_blocking=True)
+        return starts[:, None] + torch.arange(seq_len, device=self.device)
+
+    def append(self, layer: int, positions: slice | Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (rows, n_kv_heads, seq_len, head_dim) at `positions`; return the slots that any row has filled."""
+        rows, end = len(self.lengths), self.length + keys.shape[2]
+        for cached, new in zip(self.layers[layer], (keys, values), strict=True):
+            if isinstance(positions, slice):
+                cached[:rows, :, positions] = new
+            else:
+                row = torch.arange(rows, device=self.device)[:, None]  # (rows, 1)
+                cached[row, :, positions] = new.transpose(1, 2).type_as(cached)  # (rows, seq_len, n_kv_heads, head_dim)
+        keys, values = self.layers[layer]
+        return keys[:rows, :, :end], values[:rows, :, :end]
 
 
 class Attention(nn.Module):
@@ -82,41 +97,53 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.d_model, kv_dim, bias=False)
         self.wo = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        batch, seq_len, d_model = x.shape
-        head_dim = self.config.head_dim
-        queries = self.wq(x).view(batch, seq_len, -1, head_dim).transpose(1, 2)  # (batch, n_heads, seq_len, head_dim)
-        keys = self.wk(x).view(batch, seq_len, -1, head_dim).transpose(1, 2)  # (batch, n_kv_heads, seq_len, head_dim)
-        values = self.wv(x).view(batch, seq_len, -1, head_dim).transpose(1, 2)  # (batch, n_kv_heads, seq_len, head_dim)
-        queries, keys = apply_rope(queries, cos, sin), apply_rope(keys, cos, sin)
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries, (batch, n_heads, seq_len, head_dim); rotated keys and values, n_kv_heads of them."""
+        shape = (*x.shape[:2], -1, self.config.head_dim)
+        queries = self.wq(x).view(shape).transpose(1, 2)  # (batch, n_heads, seq_len, head_dim)
+        keys = self.wk(x).view(shape).transpose(1, 2)  # (batch, n_kv_heads, seq_len, head_dim)
+        values = self.wv(x).view(shape).transpose(1, 2)  # (batch, n_kv_heads, seq_len, head_dim)
+        return apply_rope(queries, cos, sin), apply_rope(keys, cos, sin), values
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None,
+                positions: slice | Tensor | None = None) -> Tensor:
+        queries, keys, values = self.project(x, cos, sin)
         if cache is not None:
-            keys, values = cache.append(self.layer, keys, values)  # (batch, n_kv_heads, all_len, head_dim)
-        attend = flash_attention if self.config.use_flash_attention else plain_attention
-        out = attend(queries, keys, values)  # (batch, n_heads, seq_len, head_dim)
-        return self.wo(out.transpose(1, 2).reshape(batch, seq_len, d_model))  # (batch, seq_len, d_model)
+            keys, values = cache.append(self.layer, positions, keys, values)  # (batch, n_kv_heads, all_len, head_dim)
+            out = plain_attention(queries, keys, values, positions)  # (batch, n_heads, seq_len, head_dim)
+        else:
+            attend = flash_attention if self.config.use_flash_attention else plain_attention
+            out = attend(queries, keys, values)  # (batch, n_heads, seq_len, head_dim)
+        return self.wo(out.transpose(1, 2).reshape(x.shape))  # (batch, seq_len, d_model)
 
 
 def flash_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Causal attention by torch's fused kernels. The queries are the last positions of the keys.
+    """Causal attention by torch's fused kernels.
 
-    queries: (batch, n_heads, seq_len, head_dim); keys, values: (batch, n_kv_heads, all_len, head_dim).
+    queries: (batch, n_heads, seq_len, head_dim); keys, values: (batch, n_kv_heads, seq_len, head_dim).
     """
-    seq_len, all_len = queries.shape[2], keys.shape[2]
-    mask = None
-    if 1 < seq_len < all_len:  # is_causal would align the mask with the first key, not with the last
-        mask = torch.ones(seq_len, all_len, dtype=torch.bool, device=queries.device).tril(all_len - seq_len)
-    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=1 < seq_len == all_len,
+    return F.scaled_dot_product_attention(queries, keys, values, is_causal=True,
                                           enable_gqa=queries.shape[1] != keys.shape[1])
 
 
-def plain_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The same written out: softmax(Q K^T / sqrt(head_dim)) V (Vaswani et al., 2017, eq. 1) with the causal mask."""
-    group = queries.shape[1] // keys.shape[1]
-    keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
-    scores = queries @ keys.transpose(2, 3) / math.sqrt(queries.shape[-1])  # (batch, n_heads, seq_len, all_len)
-    seq_len, all_len = scores.shape[2:]
-    future = torch.ones(seq_len, all_len, dtype=torch.bool, device=scores.device).triu(all_len - seq_len + 1)
-    return scores.float().masked_fill(future, -math.inf).softmax(dim=-1).type_as(values) @ values
+def plain_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor | slice | None = None) -> Tensor:
+    """The same written out: softmax(Q K^T / sqrt(head_dim)) V (Vaswani et al., 2017, eq. 1).
+
+    With keys, values of (batch, n_kv_heads, all_len, head_dim) the queries are the last, or have their own positions,
+    (batch, seq_len). On a CPU this beats the fused kernels if a row has one query; a row's bits then do not depend on
+    the other rows.
+    """
+    batch, heads, seq_len, head_dim = queries.shape
+    # heads that share keys and values become more queries of one head: (batch, n_kv_heads, group * seq_len, head_dim)
+    grouped = (queries / math.sqrt(head_dim)).reshape(batch, keys.shape[1], -1, head_dim).type_as(keys)
+    scores = (keys @ grouped.transpose(2, 3)).transpose(2, 3)  # (batch, n_kv_heads, group * seq_len, all_len)
+    if seq_len > 1 or isinstance(positions, Tensor):
+        slots = torch.arange(keys.shape[2], device=keys.device)
+        own = positions if isinstance(positions, Tensor) else slots[None, -seq_len:]
+        hidden = slots > own[:, None, :, None]  # (batch or 1, 1, seq_len, all_len): what comes after, or is not filled
+        scores = scores.reshape(batch, heads, seq_len, -1).masked_fill(hidden, -math.inf).view(scores.shape)
+    shares = scores.float().softmax(dim=-1).type_as(values)
+    return (shares @ values).view(queries.shape).type_as(queries)
 
 
 class FeedForward(nn.Module):
@@ -143,8 +170,9 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, cache))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None,
+                positions: slice | Tensor | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, cache, positions))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))  # (batch, seq_len, d_model)
 
 
@@ -183,6 +211,25 @@ class Transformer(nn.Module):
                 scale = (2 * self.config.n_layers) ** -0.5 if writes_residual else 1.0
                 nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
 
+    def residual_stream(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What the layers make of the tokens, (batch, seq_len, d_model), before the last norm; see forward()."""
+        start, seq_len = (cache.length if cache is not None else 0), tokens.shape[1]
+        if start + seq_len > self.config.max_seq_len:
+            raise ValueError(f"{start + seq_len} tokens, but the model's context is {self.config.max_seq_len}")
+        positions = cache.positions(seq_len) if cache is not None else slice(seq_len)
+        cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # (seq_len, rotary_dim / 2)
+        if isinstance(positions, Tensor):
+            cos, sin = cos[:, None], sin[:, None]  # (batch, 1, seq_len, rotary_dim / 2)
+        x = self.dropout(self.tok_embeddings(tokens))  # (batch, seq_len, d_model)
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                x = recompute_in_backward(layer, x, cos, sin, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, cache, positions)
+        if cache is not None:
+            cache.lengths = [length + seq_len for length in cache.lengths]
+        return x
+
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,
                 reduction: str = "mean") -> Tensor:
         """Logits, or with targets the loss.
@@ -193,19 +240,7 @@ class Transformer(nn.Module):
         cross-entropy in nats, float32: the mean over the counted targets, or with reduction="none" one per target,
         (batch, seq_len), 0 where none counts. A cache is filled with the tokens and grows by seq_len.
         """
-        start, seq_len = (cache.length if cache is not None else 0), tokens.shape[1]
-        if start + seq_len > self.config.max_seq_len:
-            raise ValueError(f"{start + seq_len} tokens, but the model's context is {self.config.max_seq_len}")
-        cos, sin = self.rope_cos[start:start + seq_len], self.rope_sin[start:start + seq_len]
-        x = self.dropout(self.tok_embeddings(tokens))  # (batch, seq_len, d_model)
-        for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
-                x = recompute_in_backward(layer, x, cos, sin, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, cache)
-        logits = self.output(self.norm(x))  # (batch, seq_len, vocab_size)
-        if cache is not None:
-            cache.length += seq_len
+        logits = self.output(self.norm(self.residual_stream(tokens, cache)))  # (batch, seq_len, vocab_size)
         if targets is None:
             return logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)

@@ -408,7 +408,7 @@ def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | 
 def say_goodbye(run: Run, seconds: float, config_path: Path | None) -> None:
     """The result, a whole story, and what to try next."""
     sampling, seeds = run.config.sampling, range(run.config.sampling.seed, run.config.sampling.seed + 4)
-    stories = tell_stories(run.model.eval(), run.tokenizer, sampling.prompts[0], sampling, seeds)
+    stories = sorted(tell_stories(run.model.eval(), run.tokenizer, [sampling.prompts[0]] * 4, sampling, seeds))
     story = next((story for story in stories if story.ended), stories[0])
     best = run.folder.path / BEST
     print(f"\ndone: {run.iter_num:,} steps in {seconds / 60:.1f} minutes, best validation loss {run.best_val_loss:.4f}"

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from filelock import FileLock, Timeout
 
@@ -64,3 +64,13 @@ def only_one(lock: Path, busy: str, wait: bool) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+def open_new(path: Path, flag: str) -> TextIO:
+    """Open a file to write; raise UserError if it is there already: stories are never overwritten."""
+    try:
+        return path.open("x", encoding="utf-8", newline="\n")
+    except FileExistsError:
+        raise UserError(f"{flag} {path}: is there already; name another file, or remove it") from None
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""What the machine at hand can do: the device, the precision and the compiler, found out rather than assumed.
+"""What the machine at hand can do: device, precision, compiler, the layout of weights; found out, not assumed.
 
 The only file of this room that imports torch; `import config` does not load it.
 """
@@ -6,14 +6,16 @@ The only file of this room that imports torch; `import config` does not load it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from config.cli import UserError
 from config.ranks import ALONE, Ranks
@@ -101,3 +103,59 @@ def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 FLOP/s where it is known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def choose_compute(wanted: str, device: torch.device) -> tuple[str, str]:
+    """float32, bf16 or int8, and why. auto asks the device alone, so that a seed tells one story in every batch."""
+    if wanted == "int8" and device.type != "cpu":
+        raise UserError(f"--compute int8: only on the cpu, not on {device.type}; use bf16")
+    if wanted != "auto":
+        return wanted, ""
+    precision, why = choose_precision(device, True)
+    return ("float32", why.removeprefix("float32")) if precision is contextlib.nullcontext else ("bf16", "")
+
+
+class PackedLinear(nn.Module):
+    """Linear layers of one input, side by side, in float32, bf16 or int8; float32 in and out, (..., features).
+
+    On the CPU float32 and bf16 weights are laid out once for oneDNN, as torch.compile's freezing does. int8: weights in
+    255 steps with a scale for each output, products in bf16.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], compute: str) -> None:
+        super().__init__()
+        weight = torch.cat([linear.weight.detach() for linear in linears])  # (outputs of all, inputs)
+        self.dtype = torch.float32 if compute == "float32" else torch.bfloat16
+        self.outputs, self.weight, self.multiply = weight.shape[0], weight.to(self.dtype), F.linear
+        if compute == "int8":
+            scales = weight.abs().amax(dim=1).clamp(min=1e-30) / 127  # (outputs of all,)
+            self.weight, self.scales = (weight / scales[:, None]).round().to(torch.int8), scales.to(self.dtype)
+            self.weight = F.pad(self.weight, (0, -weight.shape[1] % 64))  # the kernel works on whole blocks only
+            self.multiply = self.multiply_int8
+        elif weight.device.type == "cpu" and can_prepack():
+            self.weight, self.multiply = prepack(self.weight), multiply_prepacked
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.multiply(x.to(self.dtype).flatten(0, -2), self.weight)  # (all rows, outputs of all)
+        return out.float().view(*x.shape[:-1], self.outputs)
+
+    def multiply_int8(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int8pack_mm(F.pad(x, (0, weight.shape[1] - x.shape[1])), weight, self.scales)
+
+
+def prepack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 32)  # 32 rows: its layout was the best for 1 to 128
+
+
+def multiply_prepacked(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+@functools.cache
+def can_prepack() -> bool:
+    """Whether this torch has the oneDNN operators that torch.compile uses, tried out: they are not public."""
+    try:
+        x, weight = torch.eye(4), torch.arange(16.0).view(4, 4)
+        return torch.equal(multiply_prepacked(x, prepack(weight)), weight.T)
+    except (AttributeError, RuntimeError):
+        return False

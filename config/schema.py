@@ -131,6 +131,8 @@ class SamplingConfig:
     temperature: NonNegativeReal = 0.8  # 0: always the likeliest token
     top_k: Count = 0  # draw from the k likeliest tokens; 0: from all
     top_p: Annotated[float, Bounds(0, 1, above=True)] = 0.95  # draw from the likeliest tokens that make up this share
+    min_p: Annotated[float, Bounds(0, 1)] = 0.0  # draw from tokens at least this share as likely as the likeliest
+    repetition_penalty: PositiveReal = 1.0  # above 1: tokens that are there already become less likely
     max_new_tokens: Positive = 400
     seed: Count = 42
 
@@ -194,6 +196,14 @@ def config_from_dict(values: Any, source: str, overrides: Sequence[str] = ()) ->
         data = dataclasses.replace(config.data, max_seq_len=config.model.max_seq_len)
         config = dataclasses.replace(config, data=data)
     return config
+
+
+def change_settings(sampling: SamplingConfig, texts: dict[str, str], origin: str) -> SamplingConfig:
+    """Replace some settings by what their texts say; an error begins with `origin`, filled with name and text."""
+    origins = {name: origin.format(name, text) for name, text in texts.items()}
+    values = {name: parse_yaml(text, origins[name]) for name, text in texts.items()}
+    return build_section(SamplingConfig, "sampling", {**dataclasses.asdict(sampling), **values}, "",
+                         {f"sampling.{name}": where for name, where in origins.items()})
 
 
 def _apply_override(values: dict, override: str, origins: dict[str, str]) -> None:

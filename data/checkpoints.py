@@ -80,6 +80,14 @@ def content_digest(content: Any) -> str:
     return digest.hexdigest()
 
 
+def newest_checkpoint(folder: Path = Path("checkpoints")) -> Path:
+    """The .pth file under folder that was written last; files of replaced runs (in previous/) do not count."""
+    files = [path for path in folder.rglob("*.pth") if path.parent.name != "previous"]
+    if not files:
+        raise UserError(f"{folder}: no checkpoint here; train one with python train.py, or name one with --checkpoint")
+    return max(files, key=lambda path: path.stat().st_mtime_ns)
+
+
 def check_resumable(checkpoint: dict[str, Any], source: Path, config: Config, train_digest: str | None = None,
                     ) -> list[str]:
     """Raise UserError if a run with this config cannot go on from the checkpoint. Returns what changed, for a note.

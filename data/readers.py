@@ -128,3 +128,17 @@ def _check_text(value: Any, column: str, where: str) -> str:
     if isinstance(value, str):
         return value
     raise UserError(f"{where}: {column} is {show(value)}, expected a text; data.text_column says which field to read")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file that are not empty. Raises UserError."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts_file {path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"--prompts_file {path}: {error.strerror}") from None
+    prompts = [line.rstrip("\r") for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts_file {path}: no prompt in it; one a line is expected")
+    return prompts

@@ -22,9 +22,6 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
-from ftfy import fix_encoding
-from ftfy.badness import is_bad
-
 from config.cli import UserError
 from config.schema import DataConfig
 from config.values import one_line
@@ -262,6 +259,9 @@ def _repair(text: str, counts: Counter[str]) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair
         return ""
+    from ftfy import fix_encoding  # here, since generate.py starts without it a tenth of a second sooner
+    from ftfy.badness import is_bad
+
     if damaged := is_bad(text):
         # `â€` alone was a closing quote whose third byte, undefined in cp1252, got lost; ftfy would read a dagger
         text = fix_encoding(re.sub("â€(?=[\x00-\x7fâ]|$)", "”", text)).strip()

@@ -1,6 +1,10 @@
-"""Sampling draws what it should, the cache changes nothing, and stories start and stop at the separator."""
+"""Tokens are drawn as asked, cache and batch change nothing, stories start and stop where they should; the script."""
 
+import copy
+import json
 import math
+import os
+import signal
 import subprocess
 import sys
 
@@ -8,35 +12,57 @@ import pytest
 import torch
 from conftest import REPO
 
-from config import Config, UserError
+import generate
+from config import Config, UserError, hardware, run_script
 from config.schema import ModelConfig, SamplingConfig
 from data.checkpoints import save_checkpoint
 from data.tokens import END_OF_STORY
-from generate import generate_tokens, newest_checkpoint, sample_next, tell_stories
+from generate import generate_tokens, main, newest_checkpoint, pack, printer, sample_next, tell_and_print, tell_stories
 from model import Transformer
 
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=40)
+FREE = SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=30)
+NEVER = 1499  # an id that no test draws: as `end`, no story ends
 
 
-@pytest.fixture(scope="module")
-def model():
+def make_model(**changes) -> Transformer:
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(vocab_size=1500, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ffn=64,
-                                    max_seq_len=48, tie_embeddings=False)).eval()
+    shape = {"vocab_size": 1500, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ffn": 64,
+             "max_seq_len": 48, "tie_embeddings": False}
+    model = Transformer(ModelConfig(**{**shape, **changes})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(8 if parameter.dim() == 2 else 1)
     return model
 
 
-def frequencies(logits: list[float], sampling: SamplingConfig, draws: int = 20_000) -> torch.Tensor:
-    uniform = (torch.arange(draws) + 0.5) / draws  # evenly spread luck gives the exact shares
-    tokens = sample_next(torch.tensor([logits]).expand(draws, -1), uniform, sampling)
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def continue_all(model, prompts, seeds, sampling, end=0, num_tokens=1500, **options) -> list[list[int]]:
+    """The new tokens of each prompt, in the order of the prompts."""
+    done = {}
+    for running in generate_tokens(model, prompts, seeds, end, num_tokens, sampling, **options):
+        done.update({told.index: told.new for told in running if told.done})
+    return [done[index] for index in range(len(prompts))]
+
+
+# Choosing a token
+
+def shares_drawn(logits: list[float], sampling: SamplingConfig, draws: int = 20_000, seen=None) -> torch.Tensor:
+    luck = (torch.arange(draws) + 0.5) / draws  # evenly spread luck gives the exact shares
+    seen = None if seen is None else torch.tensor([seen]).expand(draws, -1)
+    tokens = sample_next(torch.tensor([logits]).expand(draws, -1), luck, sampling, seen)
     return torch.bincount(tokens, minlength=len(logits)) / draws
 
 
-def reference_shares(logits: list[float], sampling: SamplingConfig) -> list[float]:
-    """The same distribution by plain Python: temperature, then top_k, then top_p."""
+def reference_shares(logits: list[float], sampling: SamplingConfig, seen=None) -> list[float]:
+    """The same distribution by plain Python: repetition_penalty, temperature, top_k, top_p, min_p."""
+    seen = seen or [False] * len(logits)
+    penalty = sampling.repetition_penalty
+    logits = [(x / penalty if x > 0 else x * penalty) if old else x for x, old in zip(logits, seen, strict=True)]
     weights = [math.exp(x / sampling.temperature) for x in logits]
     order = sorted(range(len(logits)), key=lambda i: -weights[i])
     order = order[:sampling.top_k] if sampling.top_k else order
@@ -45,6 +71,7 @@ def reference_shares(logits: list[float], sampling: SamplingConfig) -> list[floa
         if reached < sampling.top_p:
             kept.append(i)
         reached += weights[i] / total
+    kept = [i for i in kept if weights[i] >= sampling.min_p * max(weights)]
     total = sum(weights[i] for i in kept)
     return [weights[i] / total if i in kept else 0.0 for i in range(len(logits))]
 
@@ -52,25 +79,40 @@ def reference_shares(logits: list[float], sampling: SamplingConfig) -> list[floa
 @pytest.mark.parametrize("settings", [
     {"temperature": 1.0, "top_p": 1.0}, {"temperature": 0.5, "top_p": 1.0}, {"temperature": 1.0, "top_p": 0.7},
     {"temperature": 2.0, "top_k": 3, "top_p": 1.0}, {"temperature": 1.3, "top_k": 4, "top_p": 0.6},
-    {"temperature": 1.0, "top_k": 99}])
+    {"temperature": 1.0, "top_k": 99}, {"temperature": 1.5, "top_p": 1.0, "min_p": 0.2},
+    {"temperature": 1.5, "top_k": 4, "top_p": 0.9, "min_p": 0.4}, {"temperature": 1.0, "min_p": 1.0},
+    {"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.5},
+    {"temperature": 0.9, "top_k": 5, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.2}])
 def test_sampling_draws_the_reference_distribution(settings):
     logits, sampling = [1.0, -2.0, 0.5, 3.0, 2.5, -50.0], SamplingConfig(**settings)
-    torch.testing.assert_close(frequencies(logits, sampling), torch.tensor(reference_shares(logits, sampling)),
-                               atol=2e-4, rtol=0)
+    seen = [True, True, False, True, False, False] if "repetition_penalty" in settings else None
+    torch.testing.assert_close(shares_drawn(logits, sampling, seen=seen),
+                               torch.tensor(reference_shares(logits, sampling, seen)), atol=2e-4, rtol=0)
 
 
-def test_kept_tokens_equal_those_of_transformers():
+@pytest.mark.parametrize("spread", [3.0, 0.3])  # in the flat one 0.9 of the probability needs most of the tokens
+@pytest.mark.parametrize("settings", [
+    {"top_p": 0.9}, {"top_k": 20}, {"top_k": 20, "top_p": 0.8}, {"min_p": 0.1},
+    {"top_k": 50, "top_p": 0.9, "min_p": 0.2}, {"repetition_penalty": 1.3},
+    {"top_k": 30, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.7}])
+def test_distributions_equal_those_of_transformers(settings, spread):
     processors = pytest.importorskip("transformers.generation.logits_process")
-    logits = torch.randn(16, 200, generator=torch.Generator().manual_seed(3)) * 3
-    for top_k, top_p in ((0, 0.9), (20, 1.0), (20, 0.8)):
-        theirs = processors.TemperatureLogitsWarper(0.7)(None, logits.clone())
-        if top_k:
-            theirs = processors.TopKLogitsWarper(top_k)(None, theirs)
-        if top_p < 1:
-            theirs = processors.TopPLogitsWarper(top_p)(None, theirs)
-        for row in range(16):
-            ours = frequencies(logits[row].tolist(), SamplingConfig(temperature=0.7, top_k=top_k, top_p=top_p))
-            torch.testing.assert_close(ours, theirs[row].softmax(-1), atol=2e-4, rtol=0)
+    sampling = SamplingConfig(**{"temperature": 0.7, "top_p": 1.0, **settings})
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(6, 200, generator=generator) * spread
+    ids = torch.randint(0, 200, (6, 40), generator=generator)
+    chain = [processors.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty),  # in generate()'s order
+             processors.TemperatureLogitsWarper(0.7)]
+    chain += [processors.TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+    chain += [processors.TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+    chain += [processors.MinPLogitsWarper(sampling.min_p)] if sampling.min_p else []
+    theirs = logits.clone()
+    for processor in chain:
+        theirs = processor(ids, theirs)
+    for row in range(6):
+        seen = torch.zeros(200, dtype=torch.bool).index_fill(0, ids[row], True).tolist()
+        ours = shares_drawn(logits[row].tolist(), sampling, seen=seen if sampling.repetition_penalty != 1 else None)
+        torch.testing.assert_close(ours, theirs[row].softmax(-1), atol=2e-4, rtol=0)
 
 
 def test_temperature_zero_is_the_likeliest_token():
@@ -81,94 +123,341 @@ def test_temperature_zero_is_the_likeliest_token():
 def test_extreme_logits_and_luck_stay_in_range():
     logits = torch.tensor([[-math.inf, 1e4, -1e4], [0.0, -math.inf, -math.inf]])
     for luck in (0.0, 1 - 2**-24):
-        assert sample_next(logits, torch.full((2,), luck), SamplingConfig(temperature=0.01)).tolist() == [1, 0]
+        for top_p in (0.95, 1.0):
+            sampling = SamplingConfig(temperature=0.01, top_p=top_p)
+            assert sample_next(logits, torch.full((2,), luck), sampling).tolist() == [1, 0]
+    logits = torch.rand(50, 1000, generator=torch.Generator().manual_seed(1)).log()  # uneven totals are rounded
+    logits[:, [0, 999]] = -math.inf
+    last = sample_next(logits, torch.full((50,), 1 - 2**-24), FREE)  # 0 would be: nothing reached that much
+    assert last.min() > 0 and last.max() < 999
 
 
-def test_cached_generation_equals_recomputing_every_prefix(model):
-    prompt, end = [0, 5, 9, 200], 0
-    cached = generate_tokens(model, prompt, end, 1500, GREEDY, [1])[0]
-    tokens = list(prompt)
+def test_a_repetition_penalty_makes_no_token_likelier_whatever_the_sign_of_its_logit():
+    logits = [2.0, -2.0, 0.0, 1.0, -1.0]
+    before = shares_drawn(logits, FREE)
+    for token in range(5):
+        seen = [i == token for i in range(5)]
+        after = shares_drawn(logits, SamplingConfig(temperature=1.0, top_p=1.0, repetition_penalty=1.8), seen=seen)
+        assert after[token] < before[token] if logits[token] else after[token] == before[token]
+
+
+def test_equally_likely_tokens_are_kept_together_however_many_are_looked_at(monkeypatch):
+    logits = torch.zeros(1, 300).index_fill(1, torch.arange(0, 300, 3), 2.0)  # 100 equal ones above 200 equal ones
+    luck = torch.linspace(0, 0.999, 500)
+    drawn = []
+    for candidates in (1, 64, 300):
+        monkeypatch.setattr(generate, "CANDIDATES", candidates)
+        for settings in ({"top_k": 10, "top_p": 1.0}, {"top_p": 0.5}):
+            drawn.append(sample_next(logits.expand(500, -1), luck, SamplingConfig(temperature=1.0, **settings)))
+    assert all(torch.equal(tokens, drawn[0]) for tokens in drawn)
+    assert sorted(set(drawn[0].tolist())) == list(range(0, 300, 3))
+    logits = torch.zeros(1, 300).index_fill(1, torch.arange(0, 300, 9), 9.0)  # 34 equal ones: 64 are enough to see all
+    drawn = []
+    for candidates in (64, 300):
+        monkeypatch.setattr(generate, "CANDIDATES", candidates)
+        drawn.append(sample_next(logits.expand(500, -1), luck, SamplingConfig(temperature=1.0, top_p=0.5)))
+    assert torch.equal(drawn[0], drawn[1]) and drawn[0].tolist() == sorted(drawn[0].tolist())
+
+
+# The engine
+
+def recompute(model, prompt: list[int], count: int) -> list[int]:
+    """Greedy by the plain forward pass over all that is seen, for every token: no cache, no batch."""
+    window, new, context = list(prompt), [], model.config.max_seq_len
     with torch.no_grad():
-        for _ in range(len(cached)):
-            tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
-    assert cached == tokens[len(prompt):] and len(set(cached)) > 3
+        for _ in range(count):
+            window = window if len(window) <= context else window[-(context // 2):]
+            new.append(model(torch.tensor([window]))[0, -1].argmax().item())
+            window.append(new[-1])
+    return new
 
 
-def test_a_story_depends_on_its_own_seed_and_not_on_its_batch(model):
-    sampling = SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=30)
-    together = generate_tokens(model, [0, 7], 0, 50, sampling, [3, 4, 5])
-    alone = [generate_tokens(model, [0, 7], 0, 50, sampling, [seed])[0] for seed in (3, 4, 5)]
-    assert together == alone and together[0] != together[1]
+PROMPTS = [[0, 5, 9, 200], [0], [0, 7, 7], [0, *range(300, 320)], [0, 5, 9, 200], [0, 1300]]
 
 
-def test_it_stops_at_the_separator_at_max_new_tokens_and_at_the_context(model):
-    sampling = SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=1000)
-    rows = generate_tokens(model, [0, 7], 0, 4, sampling, list(range(20)))  # of 4 tokens, one is the separator
+@pytest.mark.parametrize("changes", [
+    {}, {"rope_percentage": 1.0}, {"n_kv_heads": 1, "rope_percentage": 0.25}, {"n_kv_heads": None},
+    {"use_flash_attention": False}, {"rope_percentage": 0.0, "tie_embeddings": True}])
+@pytest.mark.parametrize("packed", [False, True])
+def test_cached_and_batched_greedy_tokens_equal_those_of_recomputing_everything(changes, packed):
+    model = make_model(**changes)
+    truth = [recompute(model, prompt, 40 - len(prompt) // 2) for prompt in PROMPTS]
+    model = pack(copy.deepcopy(model), "float32") if packed else model
+    batched = continue_all(model, PROMPTS, [1] * 6, GREEDY, end=NEVER)
+    assert [new[:len(known)] for new, known in zip(batched, truth, strict=True)] == truth
+    for prompt, new in zip(PROMPTS, batched, strict=True):
+        assert continue_all(model, [prompt], [1], GREEDY, end=NEVER) == [new]
+    assert len({tuple(new) for new in batched}) > 3 and len(set(batched[0])) > 3
+
+
+def test_past_the_context_it_goes_on_from_the_last_half_in_every_row_by_itself(model):
+    long = SamplingConfig(temperature=0.0, max_new_tokens=130)  # the context is 48: full twice, at different steps
+    batched = continue_all(model, PROMPTS, [1] * 6, long, end=NEVER)
+    assert batched == [recompute(model, prompt, 130) for prompt in PROMPTS]
+    tiny = make_model(max_seq_len=2)
+    assert continue_all(tiny, [[0]], [1], GREEDY, end=NEVER) == [recompute(tiny, [0], 40)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("sampling", [
+    FREE, SamplingConfig(temperature=1.2, top_k=40, max_new_tokens=70, repetition_penalty=1.3, min_p=0.01)])
+def test_a_story_depends_on_its_own_seed_and_prompt_and_not_on_its_batch(model, sampling, packed, monkeypatch):
+    model = pack(copy.deepcopy(model), "float32") if packed else model
+    prompts, seeds = [[token % 49 for token in PROMPTS[i % 6]] for i in range(40)], list(range(40))
+    together = continue_all(model, prompts, seeds, sampling, num_tokens=50)  # some of 50 tokens end a story
+    assert [continue_all(model, [p], [s], sampling, num_tokens=50)[0]
+            for p, s in zip(prompts, seeds, strict=True)] == together
+    monkeypatch.setattr(generate, "MAX_ROWS", 7)  # several batches, another interval
+    assert continue_all(model, prompts, seeds, sampling, num_tokens=50, check_every=3) == together
+    lengths = {len(new) for new in together}
+    assert len(lengths) > 3 and len({tuple(new) for new in together}) > 30
+
+
+def test_a_repetition_penalty_acts_on_prompt_and_story_but_never_on_the_end(model, monkeypatch):
+    seen, original = [], generate.sample_next
+    monkeypatch.setattr(generate, "sample_next", lambda *args: seen.append(args[3].clone()) or original(*args))
+    told = continue_all(model, [[0, 7, 9], [0]], [1, 2], SamplingConfig(repetition_penalty=1.1, max_new_tokens=9),
+                        end=0, num_tokens=1500)
+    for row, (prompt, new) in enumerate(zip([[7, 9], []], told, strict=True)):
+        for step in range(len(new)):
+            assert set(seen[step][row].nonzero().flatten().tolist()) == {*prompt, *new[:step]} - {0}
+
+
+def test_fewer_tokens_are_the_beginning_of_more(model):
+    short, long = (continue_all(model, [[0, 7]], [3], SamplingConfig(max_new_tokens=n), end=NEVER)[0] for n in (9, 40))
+    assert len(short) == 9 and long[:9] == short
+
+
+def test_it_stops_at_the_separator_and_at_max_new_tokens_and_draws_only_ids_of_the_tokenizer(model):
+    rows = continue_all(model, [[0, 7]] * 20, list(range(20)), FREE, num_tokens=4)
     assert all(row.count(0) == 1 and row[-1] == 0 for row in rows if 0 in row)
-    assert any(0 in row for row in rows)
-    assert max(token for row in rows for token in row) < 4  # only ids that the tokenizer has
-    never = generate_tokens(model, [0, 7], 1499, 1400, sampling, [1])[0]
-    assert len(never) == 48 - 2
-    assert len(generate_tokens(model, [0, 7], 1499, 1400, SamplingConfig(max_new_tokens=5), [1])[0]) == 5
+    assert any(0 in row for row in rows) and max(map(len, rows)) <= 30
+    assert max(token for row in rows for token in row) < 4
 
 
-def test_stories_begin_after_a_separator_and_with_the_prompt(model, tokenizer, monkeypatch):
-    seen = []
-    original = Transformer.forward
+def test_rows_that_have_ended_are_no_longer_computed(model, monkeypatch):
+    rows, original = [], Transformer.forward
     monkeypatch.setattr(Transformer, "forward",
-                        lambda self, tokens, **kwargs: seen.append(tokens) or original(self, tokens, **kwargs))
-    story = tell_stories(model, tokenizer, "Once upon a time", GREEDY, [1])[0]
-    assert seen[0][0].tolist() == [0, *tokenizer.encode("Once upon a time").ids]
-    assert story.text.startswith("Once upon a time") and END_OF_STORY not in story.text
-    assert story.num_new_tokens == 40 and not story.ended
+                        lambda self, tokens, **kwargs: rows.append(len(tokens)) or original(self, tokens, **kwargs))
+    sampling = SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=400)
+    told = continue_all(make_model(max_seq_len=512), [[0, 7]] * 60, list(range(60)), sampling, num_tokens=20)
+    assert rows[0] == 60 and rows[-1] < 30 and rows == sorted(rows, reverse=True)
+    assert sum(rows) < sum(map(len, told)) + 60 * generate.CHECK_EVERY
+
+
+def test_log_probabilities_are_the_models_own_at_temperature_1(model):
+    sampling = SamplingConfig(temperature=0.6, top_k=5, max_new_tokens=20, repetition_penalty=1.2)
+    told = [told for running in generate_tokens(model, [[0, 7], [0]], [1, 2], NEVER, 1500, sampling)
+            for told in running if told.done]
+    for one in told:
+        tokens = torch.tensor([[*one.prompt, *one.new]])
+        with torch.no_grad():
+            shares = model(tokens)[0].log_softmax(-1)  # (seq_len, vocab_size)
+        expected = shares[len(one.prompt) - 1:-1].gather(1, torch.tensor(one.new)[:, None]).sum()
+        assert one.log_probability == pytest.approx(expected.item(), abs=1e-3)
+    assert len(told) == 2
+
+
+@pytest.mark.parametrize(("compute", "tolerance"), [("float32", 1e-5), ("bf16", 0.02), ("int8", 0.03)])
+def test_packed_weights_give_the_models_logits(compute, tolerance):
+    torch.manual_seed(1)
+    model = Transformer(ModelConfig(vocab_size=300, d_model=64, n_layers=3, n_heads=4, n_kv_heads=2, d_ffn=172)).eval()
+    tokens = torch.randint(0, 300, (2, 20))
+    with torch.no_grad():
+        plain = model(tokens)
+        packed = pack(model, compute)(tokens)
+    error = (packed - plain).norm() / plain.norm()
+    assert error < tolerance and (compute == "float32" or error > 1e-4)  # else bf16 and int8 would be float32
+
+
+def test_packing_works_without_the_private_operators(model, monkeypatch):
+    monkeypatch.setattr(hardware, "can_prepack", lambda: False)
+    unpacked = continue_all(pack(copy.deepcopy(model), "float32"), PROMPTS, [1] * 6, GREEDY)
+    assert unpacked == continue_all(model, PROMPTS, [1] * 6, GREEDY)
+
+
+# Stories
+
+def test_stories_begin_after_a_separator_and_with_the_prompt(model, tokenizer):
+    seen = []
+    stories = sorted(tell_stories(model, tokenizer, ["Once upon a time", ""], GREEDY, [1, 1],
+                                  lambda running: seen.append([told.prompt for told in running])))
+    assert seen[0] == [[0, *tokenizer.encode("Once upon a time").ids], [0]]
+    assert stories[0].text.startswith("Once upon a time") and END_OF_STORY not in stories[0].text
+    assert len(stories[0].tokens) == 40 and not stories[0].ended
+    assert stories[1].text == tokenizer.decode(stories[1].tokens)
 
 
 def test_a_prompt_that_fills_the_context_is_refused_in_one_line(model, tokenizer):
     with pytest.raises(UserError) as caught:
-        tell_stories(model, tokenizer, "dog " * 100, GREEDY, [1])
-    assert "context holds 48" in str(caught.value) and "\n" not in str(caught.value)
+        next(tell_stories(model, tokenizer, ["dog", "dog " * 100], GREEDY, [1, 1]))
+    assert "context holds 48" in str(caught.value) and "'dog dog" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_growing_story_is_printed_in_whole_characters(tokenizer, capsys):
+    text = "Lily said “naïve” 漢字 🐉🐉 and \ufffd left."
+    ids = tokenizer.encode(text).ids
+    told = generate.Continuation(0, [0, *ids[:2]], 1, 99)
+    watch, pieces = printer(tokenizer), []
+    for token in ids[2:]:
+        told.extend([token], [0.0], end=0)
+        watch([told])
+        pieces.append(capsys.readouterr().out)
+    assert "".join(pieces) == text and "" in pieces  # a token ended inside a character, and nothing came of it yet
+    assert all("\ufffd" not in piece for piece in pieces if "left" not in piece and " " not in piece)
+    cut = generate.Continuation(0, [0, *tokenizer.encode("🐉").ids[:1]], 1, 99)
+    watch = printer(tokenizer)
+    cut.extend([0], [0.0], end=0)  # it ended inside a character: what is there is shown
+    watch([cut])
+    assert capsys.readouterr().out == "\ufffd"
+
+
+def test_what_is_done_is_printed_and_recorded_when_it_is_interrupted(model, tokenizer, capsys):
+    recorded = []
+
+    def record(prompt, seed, story):
+        recorded.append(story.text)
+        if len(recorded) == 5:
+            raise KeyboardInterrupt
+
+    sampling = SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=400)
+    with pytest.raises(KeyboardInterrupt):
+        tell_and_print(model, tokenizer, ["One day"] * 30, sampling, list(range(30)), record)
+    out, err = capsys.readouterr()
+    assert all(text in out for text in recorded[:4]) and "of 30 stories told" in err
 
 
 # The script
 
-@pytest.fixture
-def run_generate(model, tokenizer, tmp_path):
+@pytest.fixture(scope="module")
+def folder(model, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generate")
     config = Config(model=model.config).to_dict()
     config["data"]["max_seq_len"] = 48
     config["sampling"]["max_new_tokens"] = 12
-    save_checkpoint(tmp_path / "checkpoints" / "my run" / "best_model.pth", {
+    del config["sampling"]["min_p"]  # as in a checkpoint of the time before it
+    save_checkpoint(folder / "checkpoints" / "my run" / "best_model.pth", {
         "model": model.state_dict(), "config": config, "tokenizer": tokenizer.to_str(), "iter_num": 1234, "epoch": 2.5,
         "best_val_loss": 2.75})
-    return lambda *args: subprocess.run([sys.executable, str(REPO / "generate.py"), *args], cwd=tmp_path,
-                                        capture_output=True, encoding="utf-8", errors="replace")
+    (folder / "prompts.txt").write_text("\ufeffTom and “his” dog\r\n\r\nOne day\n", encoding="utf-8")
+    (folder / "bad.txt").write_bytes(b"One day\n\xff\xfe\n")
+    (folder / "empty.txt").write_text("\n \n", encoding="utf-8")
+    (folder / "taken.jsonl").write_text("mine\n", encoding="utf-8")
+    return folder
+
+
+COMMAND = [sys.executable, str(REPO / "generate.py"), "--device", "cpu"]
+
+
+@pytest.fixture
+def run_generate(folder):
+    return lambda *args, **kwargs: subprocess.run([*COMMAND, *args], cwd=folder, capture_output=True, **{
+        "encoding": "utf-8", "errors": "replace", **kwargs})
 
 
 def test_the_script_takes_the_newest_checkpoint_and_says_what_it_is(run_generate):
-    done = run_generate("--device", "cpu", "--num_samples", "2", "--seed", "5")
+    done = run_generate("--num_samples", "2", "--seed", "5")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Once upon a time there was") == 2
-    assert "step 1,234, epoch 2.50, best validation loss 2.750" in done.stderr
-    assert "above 2.0" in done.stderr and "cut after 12 new tokens" in done.stderr
-    again = run_generate("--device", "cpu", "--num_samples", "2", "--seed", "5")
-    assert again.stdout == done.stdout
-    other = run_generate("--device", "cpu", "--num_samples", "2", "--seed", "50")
-    assert other.stdout != done.stdout
+    assert "step 1,234, epoch 2.50, best validation loss 2.750" in done.stderr and "computing in " in done.stderr
+    assert "above 2.0" in done.stderr and "2 cut after 12 new tokens" in done.stderr
+    alone = run_generate("--seed", "6")  # streamed, not batched
+    assert alone.stdout.strip() == done.stdout.split("\n\n")[1].strip()
+    assert run_generate("--seed", "50").stdout != alone.stdout
+
+
+def test_prompts_come_from_a_file_and_stories_go_to_a_file(run_generate, folder):
+    done = run_generate("--prompts_file", "prompts.txt", "--num_samples", "2", "--seed", "5", "--out", "out.jsonl",
+                        "--temperature", "0.9", "--compute", "float32", "--max_new_tokens", "60")
+    assert done.returncode == 0, done.stderr
+    stories = [json.loads(line) for line in (folder / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert sorted((s["prompt"], s["seed"]) for s in stories) == [
+        ("One day", 5), ("One day", 6), ("Tom and “his” dog", 5), ("Tom and “his” dog", 6)]
+    for story in stories:
+        assert story["text"].startswith(story["prompt"]) and story["text"] in done.stdout
+        assert story["settings"]["temperature"] == 0.9 and story["settings"]["compute"] == "float32"
+        assert story["mean_log_probability"] < 0 and 0 < len(story["tokens"]) <= 60
+    assert done.stdout.index("Tom and") < done.stdout.index("One day")  # in the order asked for
+    assert "48 tokens, its context" in done.stderr  # 60 new tokens are more than fit
+    assert run_generate("--out", "out.jsonl").returncode == 2
+    assert len((folder / "out.jsonl").read_text(encoding="utf-8").splitlines()) == 4
 
 
 @pytest.mark.parametrize(("arguments", "part"), [
-    (["--temperature", "-1"], "sampling.temperature"), (["--top_p", "0"], "sampling.top_p"),
-    (["--top_k", "-3"], "at least 0"),
+    (["--temperature=-1"], "error: --temperature -1: "), (["--top_p", "0"], "error: --top_p 0: "),
+    (["--top_k", "-3"], "at least 0"), (["--min_p", "2"], "error: --min_p 2: "), (["--seed", "x"], "error: --seed x: "),
+    (["--repetition_penalty", "0"], "error: --repetition_penalty 0: "),
     (["--num_samples", "0"], "--num_samples"), (["--checkpoint", "none.pth"], "no such checkpoint"),
-    (["--prompt", "dog " * 100], "context holds 48")])
-def test_bad_flags_are_one_line_and_status_2(run_generate, arguments, part):
-    done = run_generate("--device", "cpu", *arguments)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith("error: ") and part in line
+    (["--prompt", "dog " * 100], "context holds 48"), (["--out", "taken.jsonl"], "error: --out taken.jsonl: is there"),
+    (["--out", "no/such/folder.jsonl"], "--out"), (["--prompts_file", "none.txt"], "error: --prompts_file none.txt: "),
+    (["--prompts_file", "bad.txt"], "--prompts_file bad.txt: not UTF-8"),
+    (["--prompts_file", "empty.txt"], "no prompt"),
+    (["--interactive", "--num_samples", "3"], "--num_samples 3")])
+def test_bad_flags_are_one_line_and_status_2(folder, arguments, part, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--device", "cpu", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 2 and line.startswith("error: ") and part in line
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="arguments are text there")
+def test_bytes_that_are_no_text_are_replaced(run_generate):
+    for done in (run_generate("--prompt", os.fsdecode(b"One\xff day")),
+                 run_generate("--interactive", input="One\udcff day\n", errors="surrogateescape")):
+        assert done.returncode == 0 and done.stdout.startswith("One\ufffd day"), done.stderr
+
+
+def test_talking_settings_change_stories_go_on_and_mistakes_are_one_line(run_generate):
+    lines = ["Tom", "/set temperature 0", "Lily was", "Lily was", "/set temperatur 3", "/set top_p 7", "/set seed",
+             "/dance", "dog " * 100, "/help", "", "/quit", "never told"]
+    done = run_generate("--interactive", input="\n".join(lines))
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert done.stdout.startswith("Tom") and done.stdout.count("Lily was") == 2 and "never told" not in done.stdout
+    told = [part for part in done.stdout.split("\n\n") if part.startswith("Lily was")]
+    assert told[0].strip() == told[1].strip()  # another seed, but no luck at temperature 0
+    for part in ("did you mean temperature?", "error: /set top_p 7: ", "error: /set seed : ", "error: /dance: no such",
+                 "context holds 48", "temperature 0"):
+        assert part in done.stderr, part
+    assert run_generate("--interactive", input="Tom\n").returncode == 0  # the end of the input ends it
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_in_a_terminal_ctrl_c_stops_the_story_and_not_the_program(folder):
+    import pty
+    controller, terminal = pty.openpty()
+    endless = ["--max_new_tokens", "1000000000000"]
+    process = subprocess.Popen([*COMMAND, "--interactive", *endless], cwd=folder, stdin=terminal,
+                               stdout=terminal, stderr=terminal, start_new_session=True)
+    os.close(terminal)
+    seen = b""
+
+    def read_until(part: bytes) -> None:
+        nonlocal seen
+        while part not in seen:
+            seen += os.read(controller, 1024)  # what never comes ends in an OSError when the program has ended
+
+    try:
+        read_until(b"> ")
+        os.write(controller, b"Once upon a time\n")
+        read_until(b"Once upon a time\r\n")  # the echo
+        seen = b""
+        read_until(b"Once upon a time")  # the story has begun, and has no end in sight
+        process.send_signal(signal.SIGINT)
+        read_until(b"stopped")
+        seen = seen[seen.index(b"stopped"):]
+        read_until(b"> ")
+        os.write(controller, b"/quit\n")
+        process.wait(timeout=60)
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(controller)
 
 
 def test_the_newest_checkpoint_is_not_one_of_a_replaced_run(tmp_path):
-    import os
     for name, age in (("a/best_model.pth", 30), ("b/checkpoint_latest.pth", 20), ("b/previous/best_model.pth", 10)):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,5 +466,3 @@ def test_the_newest_checkpoint_is_not_one_of_a_replaced_run(tmp_path):
     assert newest_checkpoint(tmp_path) == tmp_path / "b" / "checkpoint_latest.pth"
     with pytest.raises(UserError, match="train one with"):
         newest_checkpoint(tmp_path / "empty")
-
-

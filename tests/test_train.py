@@ -11,11 +11,11 @@ from conftest import REPO
 from config import UserError
 from config.hardware import choose_compile, choose_precision
 from config.schedule import learning_rate, schedule_notes
-from config.schema import ModelConfig, SchedulerConfig
+from config.schema import ModelConfig, SamplingConfig, SchedulerConfig
 from data.checkpoints import LATEST, load_checkpoint
 from data.tokens import TokenFile, count_windows, load_tokenizer, prepare_tokens, read_batch, training_windows
 from evaluate import evaluate
-from generate import SamplingConfig, generate_tokens
+from generate import generate_tokens
 from model import Transformer, find_non_finite
 from train import Run, accumulate_gradients, make_optimizer, start_run, train_step
 
@@ -50,8 +50,9 @@ def cyclic_model():
 def test_a_learned_cycle_is_continued(cyclic_model):
     for start in range(10):
         prompt = [(start + i) % 10 for i in range(4)]
-        new = generate_tokens(cyclic_model, prompt, 299, 300, SamplingConfig(temperature=0, max_new_tokens=6), [0])[0]
-        assert new == [(start + 4 + i) % 10 for i in range(6)]
+        greedy = SamplingConfig(temperature=0, max_new_tokens=6)
+        told = next(generate_tokens(cyclic_model, [prompt], [0], 299, 300, greedy))
+        assert told[0].new == [(start + 4 + i) % 10 for i in range(6)]
 
 
 def test_the_model_predicts_the_next_token_not_the_one_after_nor_the_present_one(cyclic_model):

@@ -1,0 +1,193 @@
+"""Tokens per second of generating, and the time to one story from a cold start, beside transformers' generate.
+
+    python tests/benchmarks/generation.py
+    python tests/benchmarks/generation.py --configs train_config_tinystories_33M_TOP10K --batches 32 --repeats 5
+
+Random weights of the configs' shapes, made so peaked that a token has about as much entropy as in a trained model; the
+settings are generate.py's (temperature 0.8, top_p 0.95). No side ever stops early: all draw --tokens tokens a story.
+What is compared takes turns; the table has medians over the repeats. transformers runs with its default (dynamic)
+cache and with its static one, in float32 and in bf16. "Start" is the first call, with what is done only once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(REPO))
+
+import torch  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+from config import load_config  # noqa: E402
+from config.hardware import choose_compute, choose_device  # noqa: E402
+from config.schema import Config, ModelConfig, SamplingConfig  # noqa: E402
+from data.checkpoints import save_checkpoint  # noqa: E402
+from data.sample import sample_stories  # noqa: E402
+from generate import generate_tokens, pack  # noqa: E402
+from model import Transformer  # noqa: E402
+from train_custom_tokenizer import train_tokenizer  # noqa: E402
+
+CONFIGS = ["stories260K", "stories15M", "train_config_tinystories_33M_TOP10K"]
+ENTROPY = 2.2  # nats per token of the random models
+PROMPT = [0, *range(3, 9)]  # seven tokens, as "Once upon a time there was" has
+INT8_ROWS = 8  # int8 is for few rows: more are not measured
+STATIC = {"cache_implementation": "static"}
+TRANSFORMERS = """
+import sys, torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = LlamaForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+ids = tokenizer("Once upon a time there was", return_tensors="pt").input_ids
+out = model.generate(ids, max_new_tokens=int(sys.argv[3]), min_new_tokens=int(sys.argv[3]), do_sample=True,
+                     temperature=0.8, top_p=0.95, top_k=0, pad_token_id=0)
+print(tokenizer.decode(out[0]))
+"""
+
+
+def make_ours(config: ModelConfig) -> Transformer:
+    """Random weights; normal logits of variance s^2 leave a token about ln(vocab_size) - s^2 / 2 nats of entropy."""
+    torch.manual_seed(0)
+    model = Transformer(config).eval()
+    with torch.no_grad():  # at the start the logits have a variance of 1/2
+        model.norm.weight.mul_(math.sqrt(2 * (math.log(config.vocab_size) - ENTROPY) / 0.5))
+    return model
+
+
+def make_theirs(config: ModelConfig) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ffn,
+        num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads, num_key_value_heads=config.kv_heads,
+        max_position_embeddings=config.max_seq_len, tie_word_embeddings=config.tie_embeddings, bos_token_id=0,
+        eos_token_id=0, pad_token_id=0)).eval()
+
+
+def sides_of(config: ModelConfig, batch: int, num_tokens: int, device: torch.device,
+             ) -> dict[str, Callable[[], float]]:
+    """What is compared, by name; each makes batch * num_tokens tokens and returns the seconds it took."""
+    sampling = SamplingConfig(temperature=0.8, top_k=0, top_p=0.95, max_new_tokens=num_tokens)
+
+    def timed(work: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def ours(model: Transformer) -> Callable[[], float]:
+        prompts, never = [PROMPT] * batch, -1
+        return lambda: timed(lambda: list(generate_tokens(model, prompts, range(batch), never, config.vocab_size,
+                                                          sampling)))
+
+    @torch.inference_mode()
+    def without_cache(model: Transformer) -> None:
+        tokens = torch.tensor([PROMPT] * batch, device=device)
+        for _ in range(num_tokens):
+            tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(dim=-1)], dim=1)
+
+    def theirs(model: LlamaForCausalLM, **cache) -> Callable[[], float]:
+        ids = torch.tensor([PROMPT] * batch, device=device)
+        return lambda: timed(lambda: model.generate(
+            ids, attention_mask=torch.ones_like(ids), min_new_tokens=num_tokens, max_new_tokens=num_tokens,
+            do_sample=True, temperature=0.8, top_k=0, top_p=0.95, pad_token_id=0, disable_compile=True, **cache))
+
+    chosen, _ = choose_compute("auto", device)
+    computes = dict.fromkeys([chosen, "float32"] + (["int8"] if batch <= INT8_ROWS and device.type == "cpu" else []))
+    sides = {f"ours, {compute}" + (" (auto)" if compute == chosen else ""):
+             ours(pack(make_ours(config).to(device), compute)) for compute in computes}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_theirs(config).to(device, dtype)
+        name = f"transformers, {str(dtype).removeprefix('torch.')}"
+        sides |= {name: theirs(model), f"{name}, static cache": theirs(model, **STATIC)}
+    if batch == 1:
+        model = make_ours(config).to(device)
+        sides["ours, float32, no cache"] = lambda: timed(lambda: without_cache(model))
+    return sides
+
+
+def measure_speed(name: str, config: ModelConfig, batches: list[int], num_tokens: int, repeats: int,
+                  device: torch.device) -> None:
+    for batch in batches:
+        sides = sides_of(config, batch, num_tokens, device)
+        first = {side: run() for side, run in sides.items()}
+        seconds = {side: [] for side in sides}
+        for _ in range(repeats):
+            for side, run in sides.items():
+                seconds[side].append(run())
+        rates = {side: batch * num_tokens / statistics.median(times) for side, times in seconds.items()}
+        best = {dtype: max(rate for side, rate in rates.items() if side.startswith(f"transformers, {dtype}"))
+                for dtype in ("float32", "bfloat16")}
+        for side, rate in rates.items():
+            start = max(0.0, first[side] - statistics.median(seconds[side]))
+            print(f"| {name} | {batch} | {side} | {rate:,.0f} | {rate / best['float32']:.2f} | "
+                  f"{rate / best['bfloat16']:.2f} | {start:.2f} |", flush=True)
+
+
+def measure_cold(name: str, config: ModelConfig, repeats: int, num_tokens: int, device: str) -> None:
+    """Seconds from the start of a process to its end, one story told; a checkpoint on disk, the disk's cache warm."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = train_tokenizer([story for story, _ in zip(sample_stories(seed=0), range(3000), strict=False)],
+                                    min(config.vocab_size, 2048), show_progress=False)
+        whole = dataclasses.replace(Config(), model=config)
+        save_checkpoint(Path(folder) / "ours.pth", {
+            "model": make_ours(config).state_dict(), "config": whole.to_dict(), "tokenizer": tokenizer.to_str(),
+            "iter_num": 0, "epoch": 0.0, "best_val_loss": 0.0})
+        make_theirs(config).save_pretrained(folder)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+        ours = [sys.executable, str(REPO / "generate.py"), "--checkpoint", str(Path(folder) / "ours.pth"), "--device",
+                device, "--max_new_tokens", str(num_tokens), "--compute"]
+        theirs = [sys.executable, "-c", TRANSFORMERS, folder]
+        commands = {f"ours, {compute}": [*ours, compute] for compute in ("auto", "float32", "int8")}
+        commands |= {f"transformers, {dtype}": [*theirs, dtype, str(num_tokens)] for dtype in ("float32", "bfloat16")}
+        seconds, counts = {side: [] for side in commands}, {}
+        for _ in range(repeats):
+            for side, command in commands.items():
+                start = time.perf_counter()
+                done = subprocess.run(command, check=True, capture_output=True, encoding="utf-8")
+                seconds[side].append(time.perf_counter() - start)
+                counts[side] = (re.findall(r"([\d,]+) tokens,", done.stderr) or [num_tokens])[-1]
+        base = statistics.median(seconds["transformers, float32"])
+        for side, times in seconds.items():
+            median = statistics.median(times)
+            print(f"| {name} | {side} | {counts[side]} | {median:.2f} | {base / median:.2f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Speed of generating, beside transformers' generate.")
+    parser.add_argument("--configs", nargs="+", default=CONFIGS, help="names of files in config/ (%(default)s)")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32, 128])
+    parser.add_argument("--tokens", type=int, default=100, help="new tokens of each story (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--no_cold", action="store_true", help="leave out the cold start")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    device = choose_device(args.device)
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.tokens} tokens a story, "
+          f"medians of {args.repeats}\n")
+    configs = {name: load_config(REPO / "config" / f"{name}.yaml").model for name in args.configs}
+    if args.batches:
+        print("| shape | stories at once | side | tokens/s | times transformers float32 | times transformers bf16 | "
+              "start, s |\n|---|---|---|---|---|---|---|")
+        for name, config in configs.items():
+            measure_speed(name, config, args.batches, args.tokens, args.repeats, device)
+    if not args.no_cold:
+        print("\n| shape | side | tokens | seconds from a cold start | times transformers float32 |\n"
+              "|---|---|---|---|---|")
+        for name, config in configs.items():
+            measure_cold(name, config, args.repeats, args.tokens, device.type)
+
+
+if __name__ == "__main__":
+    main()
