@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import UserError, config_from_dict, run_script
+from config.cli import Parser
 from config.files import open_new
 from config.hardware import PackedLinear, choose_compute, choose_device
 from config.schema import SamplingConfig, change_settings
@@ -284,6 +285,17 @@ class Story(NamedTuple):
     ended: bool
 
 
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], context: int) -> list[list[int]]:
+    """The tokens of each prompt, after a separator, as every story begins. UserError if one fills the context."""
+    end = tokenizer.token_to_id(END_OF_STORY)
+    every = [[end, *encoding.ids] for encoding in tokenizer.encode_batch(list(prompts), add_special_tokens=False)]
+    for prompt, ids in zip(prompts, every, strict=True):
+        if len(ids) >= context:
+            raise UserError(f"the prompt {show(prompt[:30] + '...')} has {len(ids) - 1:,} tokens, but the model's "
+                            f"context holds {context:,} with the story: shorten it to {context - 2:,}")
+    return every
+
+
 def tell_stories(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], sampling: SamplingConfig,
                  seeds: Sequence[int], watch: Callable[[list[Continuation]], None] | None = None) -> Iterator[Story]:
     """A story for each prompt and its seed, in the order in which they are done. A prompt may be empty.
@@ -291,13 +303,7 @@ def tell_stories(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str
     watch is called with the stories under way, every few tokens; if there is only one, after each token.
     Raises UserError if a prompt fills the model's context.
     """
-    end, context = tokenizer.token_to_id(END_OF_STORY), model.config.max_seq_len
-    every = [[end, *encoding.ids]  # every story begins after a separator
-             for encoding in tokenizer.encode_batch(list(prompts), add_special_tokens=False)]
-    for prompt, ids in zip(prompts, every, strict=True):
-        if len(ids) >= context:
-            raise UserError(f"the prompt {show(prompt[:30] + '...')} has {len(ids) - 1:,} tokens, but the model's "
-                            f"context holds {context:,} with the story: shorten it to {context - 2:,}")
+    end, every = tokenizer.token_to_id(END_OF_STORY), encode_prompts(tokenizer, prompts, model.config.max_seq_len)
     check_every = 1 if watch is not None and len(prompts) == 1 else CHECK_EVERY
     for running in generate_tokens(model, every, seeds, end, tokenizer.get_vocab_size(), sampling, check_every):
         if watch is not None:
@@ -385,8 +391,8 @@ def talk(model: Transformer, tokenizer: Tokenizer, sampling: SamplingConfig,
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Tell stories with a trained model. What is not given is taken from "
-                                                 "the sampling section of the checkpoint's config.")
+    parser = Parser(description="Tell stories with a trained model. What is not given is taken from the sampling "
+                                "section of the checkpoint's config.")
     parser.add_argument("--checkpoint", type=Path, help="a .pth file (default: the newest under checkpoints/)")
     begin = parser.add_mutually_exclusive_group()
     begin.add_argument("--prompt", default="Once upon a time there was", help="how the story begins (%(default)s)")

@@ -8,15 +8,15 @@ Read it from train(), near the end, where all of it comes together.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import math
+import shlex
 import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import Config, UserError, add_config_arguments, config_from_dict, load_config, run_script
-from config.cli import MAIN_CONFIG, QUICKSTART, deferred_interrupts
-from config.hardware import choose_compile, choose_device, choose_precision, peak_flops
+from config.cli import MAIN_CONFIG, QUICKSTART, Parser, Unfailing, deferred_interrupts
+from config.hardware import choose_compile, choose_device, choose_precision, memory_is_told, peak_flops
 from config.ranks import ALONE, Ranks, join_ranks
 from config.schedule import learning_rate, schedule_notes
-from data.checkpoints import BEST, LATEST, RunFolder, check_resumable, hold_folder, load_checkpoint
+from data.checkpoints import BEST, CARRIED, LATEST, RunFolder, check_resumable, hold_folder, load_checkpoint
 from data.tokens import (
     TokenFile,
     count_windows,
@@ -43,7 +43,7 @@ from data.tokens import (
     training_windows,
 )
 from evaluate import describe_evaluation, evaluate, evaluate_checkpoint, sample_stories
-from generate import tell_stories
+from generate import encode_prompts, tell_stories
 from model import Transformer, count_parameters, estimate_memory, find_non_finite, flops_per_token, load_weights
 from train_custom_tokenizer import ensure_tokenizer
 
@@ -79,10 +79,6 @@ def accumulate_gradients(forward: Callable[[Tensor, Tensor], Tensor], precision:
 
 # The run
 
-CARRIED = ("iter_num", "position", "best_val_loss", "evaluations_without_gain", "evaluated", "completed", "unlogged",
-           "norms")  # what a checkpoint holds of a Run, beside its weights and optimizer
-
-
 @dataclass
 class Run:
     """All that changes while training; state() and restore() carry it across a restart."""
@@ -107,7 +103,7 @@ class Run:
     norms: list[float] = field(default_factory=list)  # the last gradient norms
     broken: Tensor | None = None  # float32, (): 1 once a gradient was not finite; from then on no step changes a weight
     saved: int = -1  # the step at which LATEST was last written
-    paused: float = 0.0  # seconds spent on saving and evaluating since the last log
+    clock: tuple[int, float] = (0, 0.0)  # a step and the time when it was done; since then only training took time
 
     @property
     def num_windows(self) -> int:
@@ -146,19 +142,11 @@ class Run:
     def save(self, name: str) -> bool:
         """Write a checkpoint file, and say whether that worked. All ranks call it, the first one writes."""
         read_losses(self)  # what is saved is known to be sound
-        with self.pause():
-            worked = bool(self.ranks.of_first(self.folder.save(name, self.state)))
-            self.folder.keep_newest(self.config.training.keep_checkpoints)
+        worked = bool(self.ranks.of_first(self.folder.save(name, self.state)))
+        self.folder.keep_newest(self.config.training.keep_checkpoints)
         if worked and name == LATEST:
             self.saved = self.iter_num
         return worked
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """The time of this block is not training's."""
-        start = time.perf_counter()
-        yield
-        self.paused += time.perf_counter() - start
 
 
 # The loop
@@ -232,10 +220,9 @@ def find_fault(run: Run, position: int) -> str:
 
 def look(run: Run, validation: TokenFile) -> None:
     """Evaluate, tell the sample stories, print and record both, and keep the best model."""
-    with run.pause():
-        result = evaluate(run.model, validation, run.tokenizer, run.config, run.device, run.precision,
-                          run.config.training.eval_samples, run.ranks)
-        stories = sample_stories(run.model, run.tokenizer, run.config) if run.ranks.first else []
+    result = evaluate(run.model, validation, run.tokenizer, run.config, run.device, run.precision,
+                      run.config.training.eval_samples, run.ranks)
+    stories = sample_stories(run.model, run.tokenizer, run.config) if run.ranks.first else []
     if not math.isfinite(result["val_loss"]):
         raise UserError(f"step {run.iter_num:,}: the validation loss is not finite; {BEST} is untouched")
     tqdm.write(f"step {run.iter_num:,}, epoch {run.epoch:.2f}: {describe_evaluation(result)}")
@@ -250,9 +237,10 @@ def look(run: Run, validation: TokenFile) -> None:
             run.best_val_loss = before
 
 
-def log_steps(run: Run, bar: tqdm, steps: int, seconds: float) -> None:
-    """Show and record what the last steps did; `steps` of them took so many seconds."""
+def log_steps(run: Run, bar: tqdm) -> None:
+    """Show and record what the steps since the last call did."""
     read_losses(run)
+    steps, seconds = run.iter_num - run.clock[0], time.perf_counter() - run.clock[1]
     for step, _, norm in run.unlogged:
         median = statistics.median(run.norms) if len(run.norms) >= 20 else math.inf
         if run.config.training.loss_spike and norm > run.config.training.loss_spike * median:
@@ -286,7 +274,7 @@ def train(run: Run, validation: TokenFile, total_steps: int) -> int:
     forward = prepare_device(run, total_steps)
     bar = tqdm(total=total_steps, initial=run.iter_num, unit="step", desc="train", dynamic_ncols=True, smoothing=0.05,
                disable=not (training.show_progress and sys.stderr.isatty()))
-    clock, clock_step, run.paused = time.perf_counter(), run.iter_num, 0.0
+    run.clock = run.iter_num, time.perf_counter()
     with bar, deferred_interrupts() as signals:
         while not (stopping := run.ranks.any(bool(signals))):
             due = run.iter_num % training.eval_steps == 0 or run.iter_num == total_steps
@@ -295,29 +283,32 @@ def train(run: Run, validation: TokenFile, total_steps: int) -> int:
                     run.save(LATEST)
                 look(run, validation)
                 run.save(LATEST)
+                run.clock = run.iter_num, time.perf_counter()
+                continue  # a signal may have come meanwhile
             if is_over(run, total_steps):
                 break
             epochs_done = int(run.epoch)
             train_step(run, forward, total_steps)
             bar.update()
             if run.iter_num % training.logging_steps == 0 or run.iter_num == total_steps:
-                log_steps(run, bar, run.iter_num - clock_step, time.perf_counter() - clock - run.paused)
-                clock, clock_step, run.paused = time.perf_counter(), run.iter_num, 0.0
+                log_steps(run, bar)
+                run.clock = run.iter_num, time.perf_counter()
             if int(run.epoch) > epochs_done and training.keep_checkpoints:
                 run.save(f"checkpoint_epoch_{int(run.epoch)}.pth")
             if run.iter_num % training.save_steps == 0:
                 run.save(LATEST)
-    if not stopping:
-        if training.eval_samples:  # until here only a part of the validation split was looked at
+                run.clock = run.iter_num, time.perf_counter()
+        if not stopping and training.eval_samples:  # until here only a part of the validation split was looked at
             result = evaluate(run.model, validation, run.tokenizer, run.config, run.device, run.precision, 0, run.ranks)
             print(f"all of the validation split: {describe_evaluation(result)}")
             run.folder.record({"type": "final", "step": run.iter_num, "epoch": run.epoch, **result})
-        run.completed = run.iter_num
-    if not run.save(LATEST):
+        run.completed = 0 if stopping else run.iter_num
+        saved = run.save(LATEST)
+    if not saved:
         raise UserError(f"{training.output_dir}: the last save failed, see above: {LATEST} there is older than the run")
     if stopping:
         print(f"stopped at step {run.iter_num:,} of {total_steps:,} and saved. To go on:\n"
-              f"  python train.py --checkpoint {Path(training.output_dir) / LATEST}")
+              f"  python train.py --checkpoint {shlex.quote(str(run.folder.path / LATEST))}")
         return 128 + (signals or [signal.SIGTERM])[0]
     if run.iter_num < total_steps:
         print(f"stopped early: {run.evaluations_without_gain} evaluations without a better loss")
@@ -357,6 +348,7 @@ def prepare_run(config: Config, checkpoint: dict[str, Any] | None, source: Path 
             tokenizer = ensure_tokenizer(config)
         train_file, validation = (prepare_tokens(config.data, tokenizer, split, config.training.show_progress)
                                   for split in ("train", "validation"))
+    encode_prompts(tokenizer, config.sampling.prompts, config.model.max_seq_len)  # too long a one is told now
     torch.manual_seed(config.training.seed)
     torch.set_float32_matmul_precision("high")  # what stays float32 may use tf32 on a GPU
     model = Transformer(config.model, config.training.use_gradient_checkpointing).to(device)
@@ -368,6 +360,8 @@ def prepare_run(config: Config, checkpoint: dict[str, Any] | None, source: Path 
         for note in check_resumable(checkpoint, source, config, train_file.digest):
             print(f"note: {note}")
         run.restore(checkpoint, source)
+        if ranks.of_first(not (source.parent / BEST).exists()):  # the next evaluation then writes one
+            run.best_val_loss = math.inf
         print(f"resumed: {source}, step {run.iter_num:,}, epoch {run.epoch:.2f}")
     ranks.check_same(f"{train_file.digest} {validation.digest} {run.iter_num} {config.model}", "data or checkpoints")
     return run, validation
@@ -390,9 +384,8 @@ def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | 
         remaining = training.num_epochs * run.num_windows - run.position
         total_steps = training.max_steps or run.iter_num + max(0, math.ceil(remaining / run.step_windows))
         if run.iter_num and is_over(run, total_steps) and run.completed == run.iter_num:
-            longer = "--set training.max_steps" if training.max_steps else "--num_epochs"
-            message = (f"{checkpoint_path}: has done its {run.iter_num:,} steps already: raise {longer} to go on, or "
-                       "tell stories with generate.py")
+            message = (f"{checkpoint_path}: has done its {run.iter_num:,} steps already: raise "
+                       f"{longer_by(run, total_steps)} to go on, or tell stories with generate.py")
             if resume:
                 print(message)
                 return 0
@@ -401,27 +394,33 @@ def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | 
         start = time.perf_counter()
         status = train(run, validation, total_steps)
         if status == 0 and ranks.first:
-            say_goodbye(run, time.perf_counter() - start, config_path)
+            say_goodbye(run, time.perf_counter() - start, longer_by(run, total_steps), config_path)
         return status
 
 
-def say_goodbye(run: Run, seconds: float, config_path: Path | None) -> None:
+def longer_by(run: Run, total_steps: int) -> str:
+    """What to raise if a run that is over is to go on."""
+    if run.iter_num < total_steps:
+        return "--set training.early_stopping_patience"
+    return "--set training.max_steps" if run.config.training.max_steps else "--num_epochs"
+
+
+def say_goodbye(run: Run, seconds: float, longer: str, config_path: Path | None) -> None:
     """The result, a whole story, and what to try next."""
     sampling, seeds = run.config.sampling, range(run.config.sampling.seed, run.config.sampling.seed + 4)
     stories = sorted(tell_stories(run.model.eval(), run.tokenizer, [sampling.prompts[0]] * 4, sampling, seeds))
     story = next((story for story in stories if story.ended), stories[0])
-    best = run.folder.path / BEST
+    best, latest = (shlex.quote(str(run.folder.path / name)) for name in (BEST, LATEST))
     print(f"\ndone: {run.iter_num:,} steps in {seconds / 60:.1f} minutes, best validation loss {run.best_val_loss:.4f}"
           f"\n\n{story.text}\n\nnext:\n  python generate.py --checkpoint {best} --num_samples 3")
-    if not run.config.training.max_steps:
-        print(f"  python train.py --checkpoint {run.folder.path / LATEST} "
-              f"--num_epochs {run.config.training.num_epochs + 1}")
+    if longer == "--num_epochs":
+        print(f"  python train.py --checkpoint {latest} --num_epochs {run.config.training.num_epochs + 1}")
     if config_path in (None, QUICKSTART):
         print(f"  python train.py --config config/{MAIN_CONFIG.name}   (the real model: wants a GPU)")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Train a story-telling Llama.")
+    parser = Parser(description="Train a story-telling Llama.")
     add_config_arguments(parser, QUICKSTART)
     parser.add_argument("--num_epochs", type=int, help="instead of training.num_epochs")
     source = parser.add_mutually_exclusive_group()
@@ -430,7 +429,9 @@ def main() -> int:
                         "there is none yet, begin: the same command starts a run and continues it")
     parser.add_argument("--eval_only", action="store_true", help="only evaluate --checkpoint (default: the best)")
     args = parser.parse_args()
-    overrides = args.overrides + ([f"training.num_epochs={args.num_epochs}"] if args.num_epochs is not None else [])
+    overrides = args.overrides
+    if args.num_epochs is not None:  # and so not the max_steps of the YAML
+        overrides = ["training.max_steps=null", *overrides, f"training.num_epochs={args.num_epochs}"]
     if args.checkpoint and not args.config:
         config = config_from_dict(load_checkpoint(args.checkpoint)["config"], str(args.checkpoint), overrides)
     else:
@@ -443,7 +444,10 @@ def main() -> int:
         checkpoint = folder / LATEST
     elif args.resume:
         print(f"resume: no {LATEST} in {folder} yet: a new run")
-    return start_run(config, args.config, checkpoint, args.resume)
+    sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
+    with memory_is_told("lower training.batch_size and raise training.gradient_accumulation_steps, or set "
+                        "training.use_gradient_checkpointing: true, or make the model smaller"):
+        return start_run(config, args.config, checkpoint, args.resume)
 
 
 if __name__ == "__main__":

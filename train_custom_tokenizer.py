@@ -8,7 +8,6 @@ that this project reads, and tokenizer_config.json, with which transformers.Auto
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from config import Config, UserError, add_config_arguments, load_config, run_script
-from config.cli import MAIN_CONFIG
+from config.cli import MAIN_CONFIG, Parser
 from config.files import only_one, remove_leftovers, replacing
 from data.stories import open_stories
 from data.tokens import END_OF_STORY, SPECIAL_TOKENS, load_tokenizer, tokenizer_from_json
@@ -98,7 +97,7 @@ def ensure_tokenizer(config: Config) -> Tokenizer:
     if not (path / "tokenizer.json").exists() and not path.is_file():
         with only_one(path / ".lock", f"tokenizer: {path}: another program is training it: waiting", wait=True):
             if not (path / "tokenizer.json").exists():
-                remove_leftovers(path)
+                remove_leftovers(path, "tokenizer.json")
                 return make_tokenizer(config, path)
     tokenizer, wanted = load_tokenizer(path), config.model.vocab_size
     size = tokenizer.get_vocab_size()
@@ -114,7 +113,7 @@ def ensure_tokenizer(config: Config) -> Tokenizer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer on stories.")
+    parser = Parser(description="Train a byte-level BPE tokenizer on stories.")
     add_config_arguments(parser, MAIN_CONFIG)
     parser.add_argument("--vocab_size", type=int, help="tokens, special ones and bytes included (model.vocab_size)")
     parser.add_argument("--output_dir", help="where to write it (data.tokenizer_path)")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 REPO = Path(__file__).resolve().parent.parent
 QUICKSTART = REPO / "config" / "quickstart.yaml"
@@ -18,6 +19,13 @@ MAIN_CONFIG = REPO / "config" / "train_config_tinystories_33M_TOP10K.yaml"
 
 class UserError(Exception):
     """Something that the user can mend. Its text is the one line shown: what, where, what is allowed, what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists what there is")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, default: Path) -> None:
@@ -39,7 +47,7 @@ def deferred_interrupts() -> Iterator[list[int]]:
 
     def remember(number: int, frame: Any) -> None:
         if received and alone:
-            sys.exit(128 + number)
+            os._exit(128 + number)  # nothing half-written is believed, and the next run tidies up
         received.append(number)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             hint = b" (once more: at once, without saving)" if alone else b""
@@ -52,6 +60,38 @@ def deferred_interrupts() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Unfailing(io.TextIOBase):
+    """A stream whose troubles (a full disk under the log, a closed pipe) do not end hours of work."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except BrokenPipeError:  # the reader has gone for good
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except OSError:  # a full disk may have room again later
+            pass
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    @property
+    def encoding(self) -> str:
+        return self.stream.encoding
 
 
 def run_script(main: Callable[[], int | None]) -> None:

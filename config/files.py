@@ -37,7 +37,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, name: str = "*") -> None:
+def remove_leftovers(folder: Path, name: str) -> None:
     """Remove the parts that killed programs left of files called `name`. To be called by who holds the lock."""
     for part in folder.glob(f"{name}.*.part"):
         part.unlink(missing_ok=True)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from config.cli import UserError
 from config.ranks import ALONE, Ranks
+from config.values import one_line
 
 # dense bf16 FLOP/s with float32 accumulation, from the vendors' data sheets, by a part of torch's device name
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12,
@@ -97,6 +99,17 @@ def choose_compile(model: nn.Module, try_it: Callable[[Callable], object], devic
     finally:
         model.zero_grad(set_to_none=True)
     return compiled, f"compiled in {time.perf_counter() - start:.0f} s"
+
+
+@contextlib.contextmanager
+def memory_is_told(advice: str) -> Iterator[None]:
+    """Turn running out of the device's or the machine's memory into a UserError that ends with `advice`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not re.search("out of memory|allocate memory|bad_alloc|Storage size calculation overflowed", str(error)):
+            raise
+        raise UserError(f"out of memory ({one_line(error)}): {advice}") from None
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from config.cli import UserError
+from config.values import one_line
 
 PATIENCE = datetime.timedelta(hours=1)  # that ranks wait for one another: the first may be writing token files
 
@@ -97,8 +98,11 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
         return
     if device.type == "mps":
         raise UserError("torchrun: several processes cannot share mps; set hardware.device to cpu, or start just one")
-    # what the CPU holds (a decision to stop) goes by gloo, so that nothing waits for a GPU
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:  # what the CPU holds (a decision to stop) goes by gloo, so that nothing waits for a GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    except ValueError as error:
+        raise UserError(f"RANK and WORLD_SIZE are set, as if by torchrun, but {one_line(error)}: start this with "
+                        "torchrun, or unset them") from None
     try:
         ranks = Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)))
         with contextlib.ExitStack() as stack:
@@ -107,5 +111,9 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             yield ranks
             ranks.any(False)  # whoever leaves first waits
+    except RuntimeError as error:
+        if dist.get_rank() == 0 or "gloo" not in str(error).lower():
+            raise
+        raise UserError(f"rank {dist.get_rank()}: another process has gone; it says why") from None
     finally:
         dist.destroy_process_group()

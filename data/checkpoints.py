@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
+import os
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,20 +28,25 @@ from config.files import only_one, remove_leftovers, replacing
 FORMAT = 2
 KEYS = {"model": dict, "config": dict, "tokenizer": str, "iter_num": int, "epoch": float, "best_val_loss": float}
 LATEST, BEST = "checkpoint_latest.pth", "best_model.pth"
+OURS = re.compile(r"checkpoint_latest\.pth|best_model\.pth|checkpoint_epoch_\d+\.pth")
+# what a checkpoint holds of train.py's Run, beside its weights and its optimizer
+CARRIED = ("iter_num", "position", "best_val_loss", "evaluations_without_gain", "evaluated", "completed", "unlogged",
+           "norms")
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write a dict of tensors and plain values. Whatever stops it, `path` holds the old file or the whole new one."""
+    whole = io.BytesIO()  # torch's writer does not bear a file that fails under it (a full disk, a signal)
+    torch.save({"format": FORMAT, "digest": content_digest(checkpoint), **checkpoint}, whole)
     with replacing(path) as file:
-        try:
-            torch.save({"format": FORMAT, "digest": content_digest(checkpoint), **checkpoint}, file)
-        except RuntimeError as error:  # torch's second one, of closing its zip after the disk was full
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+        file.write(whole.getbuffer())
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read a checkpoint; nothing in the file is run. Raises UserError if it is missing, damaged or not one of ours."""
     path = Path(path).expanduser()
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; name the checkpoint in it, such as {path / LATEST}")
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; train.py writes {LATEST} to training.output_dir")
     damaged = f"{path}: damaged, or not a checkpoint; use another one, such as {BEST}"
@@ -94,7 +102,7 @@ def check_resumable(checkpoint: dict[str, Any], source: Path, config: Config, tr
 
     train_digest: of the training tokens, once they are there.
     """
-    missing = [key for key in ("optimizer", "position", "train_digest", "metrics_size") if key not in checkpoint]
+    missing = [key for key in ("optimizer", "train_digest", "metrics_size", *CARRIED) if key not in checkpoint]
     if missing:
         raise UserError(f"{source}: cannot be resumed from, it lacks {', '.join(missing)}: a version of this project "
                         "before resuming was exact wrote it; it still works with generate.py")
@@ -132,7 +140,8 @@ class RunFolder:
         """Make the folder ready for a new run, or for going on from `checkpoint`, which noted `metrics_size`.
 
         The files of another run go to previous/, which holds one run: starting anew by mistake loses nothing.
-        Whoever goes on from a checkpoint in previous/ has the two change places.
+        Whoever goes on from a checkpoint in previous/ has the two change places. LATEST always belongs to
+        metrics.jsonl: it becomes `checkpoint` before the lines of what came after that are cut off.
         """
         if not self.writes:
             return
@@ -140,6 +149,9 @@ class RunFolder:
         previous = self.path / "previous"
         aside = self.path / "previous.part"
         back = home is not None and home == previous.resolve()
+        if aside.exists():
+            raise UserError(f"{aside}: a program was killed while this run and the one in previous/ changed places: "
+                            f"move its files to a folder of their own, remove it, and try again")
         if back:
             previous.rename(aside)
         if home != self.path.resolve():
@@ -148,23 +160,32 @@ class RunFolder:
             for path in aside.iterdir():
                 path.replace(self.path / path.name)
             aside.rmdir()
-        elif home and home != self.path.resolve() and (home / self.metrics.name).is_file():
-            self.metrics.write_bytes((home / self.metrics.name).read_bytes())
+        elif home and home != self.path.resolve():
+            for name in (BEST, self.metrics.name):
+                if (home / name).is_file():
+                    shutil.copyfile(home / name, self.path / name)
+        source = self.path / checkpoint.name if back else checkpoint
+        if source and source.resolve() != (self.path / LATEST).resolve():
+            with replacing(self.path / LATEST) as file:
+                file.write(source.read_bytes())
         if self.metrics.exists():
             with self.metrics.open("r+b") as file:
-                self.metrics_size = min(metrics_size, file.seek(0, 2))
+                whole_lines = file.read(metrics_size).rpartition(b"\n")
+                self.metrics_size = len(whole_lines[0] + whole_lines[1])
                 file.truncate(self.metrics_size)
 
     def _move_to(self, previous: Path) -> None:
-        """Move what a run left in this folder to `previous`, in place of what was there."""
-        earlier = [path for path in (*self.path.glob("*.pth"), self.metrics) if path.exists()]
-        if not earlier:
+        """Move what a run left in this folder to `previous`, in place of the run that was there."""
+        earlier = [path for path in self.path.iterdir() if OURS.fullmatch(path.name)]
+        if not earlier:  # a run that never saved is none to keep, and replaces none
             return
         previous.mkdir(exist_ok=True)
         for path in previous.iterdir():
-            path.unlink()
-        for path in earlier:
-            path.replace(previous / path.name)
+            if OURS.fullmatch(path.name) or path.name == self.metrics.name:
+                path.unlink()
+        for path in (*earlier, self.metrics):
+            if path.exists():
+                path.replace(previous / path.name)
         print(f"output: {self.path} held an earlier run: moved to {previous} (to go on with it: --checkpoint "
               f"{previous / LATEST})")
 
@@ -178,6 +199,7 @@ class RunFolder:
             file.seek(self.metrics_size)  # over what an earlier try may have left
             file.write(self._unwritten)
             file.flush()
+            os.fsync(file.fileno())  # no checkpoint is to count lines that a power failure takes
             self.metrics_size, self._unwritten = file.tell(), b""
 
     def save(self, name: str, checkpoint: Callable[[], dict[str, Any]]) -> bool:
@@ -193,10 +215,10 @@ class RunFolder:
         """Remove all checkpoint_epoch_N.pth but the `count` written last."""
         if not self.writes:
             return
-        epochs = [path for path in self.path.iterdir() if re.fullmatch(r"checkpoint_epoch_\d+\.pth", path.name)]
-        epochs.sort(key=lambda path: path.stat().st_mtime_ns)
-        for path in epochs[:max(0, len(epochs) - count)]:
-            with contextlib.suppress(OSError):  # in use on Windows, say: then the next time
+        with contextlib.suppress(OSError):  # in use on Windows, say: then the next time
+            epochs = [path for path in self.path.iterdir() if OURS.fullmatch(path.name) and "epoch" in path.name]
+            epochs.sort(key=lambda path: path.stat().st_mtime_ns)
+            for path in epochs[:max(0, len(epochs) - count)]:
                 path.unlink()
 
 
@@ -213,11 +235,16 @@ def _told(path: Path, already: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hold_folder(path: Path, writes: bool = True) -> Iterator[RunFolder]:
-    """The output folder, for this run alone. Raises UserError if another run has it, OSError if it is not writable."""
+    """The output folder, for this run alone. Raises UserError if another run has it, or if it cannot be written to."""
     if not writes:
         yield RunFolder(path, writes)
         return
-    with only_one(path / ".lock", f"{path}: another program is training into this folder: wait for it, or set "
-                  "training.output_dir to another one", wait=False):
-        remove_leftovers(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(only_one(path / ".lock", f"{path}: another program is training into this folder: wait "
+                                         "for it, or set training.output_dir to another one", wait=False))
+            remove_leftovers(path, "*.pth")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written to ({error.strerror or error}): set training.output_dir to "
+                            "another folder") from None
         yield RunFolder(path)

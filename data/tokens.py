@@ -70,6 +70,8 @@ def tokenizer_from_json(text: str, source: str) -> Tokenizer:
     missing = sum(byte not in vocabulary for byte in pre_tokenizers.ByteLevel.alphabet())
     if missing:
         raise UserError(f"{source}: lacks {missing} of the 256 bytes, so it would lose text; train it anew")
+    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+        raise UserError(f"{source}: its ids are not 0 to {len(vocabulary) - 1}, each once; train it anew")
     return tokenizer
 
 
@@ -156,7 +158,7 @@ def open_token_file(path: Path, fingerprint: dict[str, Any]) -> tuple[TokenFile 
         found, digest = header["fingerprint"], str(header["digest"])
     except FileNotFoundError:
         return None, "not there yet" if not path.exists() else "half-written"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None, "its .json is damaged"
     changed = [key for key in fingerprint if not isinstance(found, dict) or found.get(key) != fingerprint[key]]
     if changed:

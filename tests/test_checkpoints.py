@@ -22,7 +22,8 @@ def make_checkpoint(seed: int = 0) -> dict:
     config = Config(model=SHAPE).to_dict()
     config["data"]["max_seq_len"] = SHAPE.max_seq_len
     return {"model": Transformer(SHAPE).state_dict(), "config": config, "tokenizer": "{}", "iter_num": 3, "epoch": 0.5,
-            "best_val_loss": 1.5, "optimizer": {}, "position": 6, "train_digest": "abc", "metrics_size": 0}
+            "best_val_loss": 1.5, "optimizer": {}, "position": 6, "train_digest": "abc", "metrics_size": 0,
+            "evaluations_without_gain": 0, "evaluated": 0, "completed": 0, "unlogged": [], "norms": []}
 
 
 def refusal(function, *arguments) -> str:
@@ -73,6 +74,7 @@ def test_what_is_no_checkpoint_is_told_in_one_line(tmp_path, capsys):
     wrong_shape["config"]["model"]["d_ffn"] = 96
     cases = [
         (lambda: None, "no such checkpoint"),
+        (lambda: (path.mkdir(), refusal(load_checkpoint, path), path.rmdir()), "no such checkpoint"),
         (lambda: path.write_bytes(whole[:5000]), "damaged"),
         (lambda: path.write_bytes(whole[:-1]), "damaged"),
         (lambda: path.write_bytes(b""), "damaged"),
@@ -195,6 +197,10 @@ def test_a_folder_is_held_by_one_run(tmp_path):
         assert "another program is training" in refusal(enter)
     with hold_folder(tmp_path):
         pass
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
+    with pytest.raises(UserError, match=r"cannot be written to .*training\.output_dir"), \
+            hold_folder(tmp_path / "file" / "run"):
+        pass
 
 
 def run_in(path, number, checkpoint=None, metrics_size=0):
@@ -221,12 +227,45 @@ def test_a_new_run_keeps_the_one_before_and_going_back_to_it_swaps_them(tmp_path
     assert not (tmp_path / "previous.part").exists()
 
 
-def test_going_on_elsewhere_takes_the_metrics_along(tmp_path):
+def test_a_run_that_never_saved_does_not_replace_the_one_kept(tmp_path):
+    run_in(tmp_path, 1)
+    for _ in range(2):  # each starts anew, logs, and is killed
+        with hold_folder(tmp_path) as folder:
+            folder.begin()
+            folder.record({"run": 9})
+    assert runs(tmp_path / "previous") == (1, [1])
+
+
+def test_only_files_of_runs_are_moved_or_removed(tmp_path):
+    """What a user puts there stays there."""
+    for name in ("mine.pth", "film.mp4.part", "previous/mine/notes.txt", "previous/mine.pth"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    for number in (1, 2, 3):
+        run_in(tmp_path, number)
+    assert runs(tmp_path) == (3, [3]) and runs(tmp_path / "previous") == (2, [2])
+    for name in ("mine.pth", "film.mp4.part", "previous/mine/notes.txt", "previous/mine.pth"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == name
+
+
+def test_going_on_from_an_older_checkpoint_makes_it_the_latest(tmp_path):
+    """So that a kill before the next save leaves a latest checkpoint and metrics that belong together."""
+    size = run_in(tmp_path, 1)
+    (tmp_path / LATEST).rename(tmp_path / "checkpoint_epoch_1.pth")
+    run_in(tmp_path, 2, tmp_path / "checkpoint_epoch_1.pth", size)
+    assert runs(tmp_path) == (2, [1, 2])
+    with hold_folder(tmp_path) as folder:
+        folder.begin(tmp_path / "checkpoint_epoch_1.pth", size)
+    assert runs(tmp_path) == (1, [1])
+
+
+def test_going_on_elsewhere_takes_the_metrics_and_the_best_along(tmp_path):
     size = run_in(tmp_path / "a", 1)
+    save_checkpoint(tmp_path / "a" / BEST, make_checkpoint() | {"iter_num": 7})
     run_in(tmp_path / "b", 2)
     run_in(tmp_path / "b", 3, tmp_path / "a" / LATEST, size)
     assert runs(tmp_path / "b") == (3, [1, 3]) and runs(tmp_path / "b" / "previous") == (2, [2])
-    assert runs(tmp_path / "a") == (1, [1])
+    assert runs(tmp_path / "a") == (1, [1]) and load_checkpoint(tmp_path / "b" / BEST)["iter_num"] == 7
 
 
 @pytest.mark.parametrize("tail", [b'{"run": 2}\n{"run": 3}\n', b'{"run"', b"\xff\x00 garbage"])
@@ -253,6 +292,6 @@ def test_what_cannot_be_resumed_is_told_in_one_line(tmp_path):
     assert check_resumable(checkpoint, path, config, "abc") == ["changed since the checkpoint: data.max_seq_len 32 -> "
                                                                 "None"]
     old = {key: value for key, value in checkpoint.items() if key not in ("position", "train_digest")}
-    assert "lacks position, train_digest" in refusal(check_resumable, old, path, config)
+    assert "lacks train_digest, position" in refusal(check_resumable, old, path, config)
     assert "trained on other stories" in refusal(check_resumable, checkpoint, path, config, "abd")
     assert "model.vocab_size is 300 there, but 10000" in refusal(check_resumable, checkpoint, path, Config())

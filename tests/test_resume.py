@@ -4,12 +4,13 @@ import json
 import os
 import random
 import signal
+import sys
 
 import pytest
 import torch
 
 from config.cli import deferred_interrupts
-from data.checkpoints import LATEST, hold_folder, load_checkpoint
+from data.checkpoints import BEST, LATEST, hold_folder, load_checkpoint
 
 ON_POSIX = pytest.mark.skipif(os.name == "nt", reason="a process cannot be sent signals there")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -81,7 +82,8 @@ def test_an_interrupted_run_saves_the_step_at_hand_and_says_how_to_go_on(start_s
 
 
 @pytest.mark.parametrize(("second", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_second_signal_leaves_at_once(second, status):
+def test_a_second_signal_leaves_at_once(second, status, monkeypatch):
+    monkeypatch.setattr(os, "_exit", sys.exit)  # so that it can be caught here
     before = signal.getsignal(signal.SIGTERM)
     with deferred_interrupts() as received:
         signal.raise_signal(signal.SIGTERM)
@@ -107,7 +109,58 @@ def test_a_disk_that_refuses_the_checkpoint_does_not_end_the_run(start_script, t
     assert latest.read_bytes() == before and not list(latest.parent.glob("*.part"))
 
 
+@ON_POSIX
+def test_a_reader_that_leaves_does_not_end_the_run(start_script, tmp_path):
+    process = start_script("--set", "training.max_steps=60", "--set", "training.save_steps=100")
+    assert wait_for_step(process, 2)
+    process.stdout.close()  # as `| head` does, or a tee that dies
+    assert process.wait() == 0 and process.stderr.read() == ""
+    assert load_checkpoint(tmp_path / "checkpoints" / "quickstart" / LATEST)["iter_num"] == 60
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device")
+def test_a_full_disk_under_the_log_does_not_end_the_run(start_script, tmp_path):
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        process = start_script("--set", "training.max_steps=10", stdout=full)
+        assert process.wait() == 0, process.stderr.read()
+    assert load_checkpoint(tmp_path / "checkpoints" / "quickstart" / LATEST)["iter_num"] == 10
+
+
 # The same from within
+
+def test_going_on_after_early_stopping_is_a_matter_of_patience(tiny_config, tmp_path):
+    from config import UserError
+    from train import start_run
+    config = tiny_config("training.output_dir=run", "training.eval_steps=2", "training.early_stopping_patience=1",
+                         "optimizer.learning_rate=1e-12", "scheduler.min_lr=0", "training.num_epochs=3")
+    assert start_run(config, None, None) == 0
+    latest = tmp_path / "run" / LATEST
+    with pytest.raises(UserError, match=r"raise --set training\.early_stopping_patience to go on"):
+        start_run(config, None, latest)
+    more = tiny_config("training.output_dir=run", "training.eval_steps=2", "training.early_stopping_patience=3",
+                       "optimizer.learning_rate=1e-12", "scheduler.min_lr=0", "training.num_epochs=3")
+    assert start_run(more, None, latest) == 0
+    assert [entry["step"] for entry in metrics(tmp_path / "run") if entry["type"] == "evaluation"] == [2, 4, 6, 8]
+
+
+def test_a_checkpoint_without_its_best_gets_a_new_one(tiny_config, tmp_path):
+    """best_model.pth is there after a run, wherever the checkpoint came from."""
+    from train import start_run
+    config = tiny_config("training.output_dir=run", "training.max_steps=10")
+    assert start_run(config, None, None) == 0
+    (tmp_path / "alone.pth").write_bytes((tmp_path / "run" / LATEST).read_bytes())
+    worse = tiny_config("training.output_dir=other", "training.max_steps=12", "optimizer.learning_rate=1",
+                        "scheduler.min_lr=1")
+    assert start_run(worse, None, tmp_path / "alone.pth") == 0
+    assert load_checkpoint(tmp_path / "other" / BEST)["iter_num"] == 12
+
+
+def test_too_long_a_prompt_is_told_before_training(tiny_config, tmp_path):
+    from config import UserError
+    from train import start_run
+    with pytest.raises(UserError, match=r"the prompt .* shorten it"):
+        start_run(tiny_config(f"sampling.prompts=[{'Once upon a time ' * 40}]"), None, None)
+
 
 def test_more_epochs_stretch_the_schedule_and_say_so(tiny_config, tmp_path, capsys):
     from train import start_run
@@ -214,6 +267,9 @@ def test_eval_only_and_wrong_input(start_script, tmp_path):
                                 (["--checkpoint", "no.pth"], "no such checkpoint"),
                                 (["--config", "no.yaml"], "no such file"),
                                 (["--num_epochs", "0"], "at least 1"),
+                                (["--resume", "--checkpoint", "x.pth"], "not allowed with argument"),
+                                (["--set", "model.d_ffn=10000000000"], "out of memory"),
+                                (["--checkpoint", "checkpoints"], "a folder; name the checkpoint in it"),
                                 (["--set", "training.output_dir=busy"], "another program is training"),
                                 (["--set", "training.output_dir=file.txt/run"], "file.txt"),
                                 (["--set", "data.dataset=no/such/place.txt"], "no such file")):

@@ -84,7 +84,10 @@ def test_unfit_tokenizers_are_refused_in_one_line(tokenizer, tmp_path):
     no_separator["model"]["vocab"] = {k: v for k, v in no_separator["model"]["vocab"].items() if v != 0}
     partial = Tokenizer(models.BPE())
     partial.add_special_tokens([END_OF_STORY])
-    for text, part in (("{", "not a tokenizer.json"), (json.dumps(no_separator), "<|endoftext|>"),
+    far = json.loads(tokenizer.to_str())
+    far["model"]["vocab"] = {k: v + 5000 * (v == 900) for k, v in far["model"]["vocab"].items()}
+    for text, part in (("{", "not a tokenizer.json"), (json.dumps(far), "its ids are not 0 to"),
+                       (json.dumps(no_separator), "<|endoftext|>"),
                        (partial.to_str(), "lacks 256 of the 256 bytes")):
         with pytest.raises(UserError) as caught:
             tokenizer_from_json(text, "some/tokenizer.json")

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import random
+import re
 from collections import Counter
 
 import numpy as np
@@ -100,7 +101,8 @@ def test_changed_stories_make_the_file_stale(corpus, tokenizer, tmp_path, capsys
     assert "stale (source changed)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["no json", "cut json", "cut bin", "no bin", "longer bin", "empty json object"])
+@pytest.mark.parametrize("damage", ["no json", "cut json", "cut bin", "no bin", "longer bin", "empty json object",
+                                    "huge count", "deep json"])
 def test_a_damaged_file_is_rebuilt(corpus, tokenizer, damage):
     file = prepare_tokens(corpus(), tokenizer, "train")
     good, header = file.tokens.tolist(), file.path.with_suffix(".json")
@@ -112,6 +114,11 @@ def test_a_damaged_file_is_rebuilt(corpus, tokenizer, damage):
         header.write_text(header.read_text(encoding="utf-8")[:50], encoding="utf-8")
     elif damage == "empty json object":
         header.write_text("{}", encoding="utf-8")
+    elif damage == "huge count":
+        header.write_text(re.sub('"tokens": [0-9]', '"tokens": 2e3', header.read_text(encoding="utf-8")),
+                          encoding="utf-8")
+    elif damage == "deep json":
+        header.write_text("[" * 100_000, encoding="utf-8")
     elif damage == "no bin":
         path.unlink()
     else:
