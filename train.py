@@ -149,6 +149,7 @@ class Run:
         with self.pause():
             worked = bool(self.ranks.of_first(self.folder.save(name, self.state)))
             self.folder.keep_newest(self.config.training.keep_checkpoints)
+            self.folder.draw()
         if worked and name == LATEST:
             self.saved = self.iter_num
         return worked
@@ -330,20 +331,20 @@ def prepare_device(run: Run, total_steps: int) -> Callable[[Tensor, Tensor], Ten
     run.precision, precision_note = choose_precision(run.device, training.use_bf16, run.ranks)
     flops, remaining = flops_per_token(run.model), total_steps - run.iter_num
     memory = estimate_memory(run.model, training.batch_size, run.precision is not contextlib.nullcontext)
-    print(f"plan: {count_parameters(run.model):,} parameters, {flops / 1e6:.1f} MFLOP per training token, "
-          f"about {memory / 2**30:.1f} GiB of memory")
-    print(f"plan: {windows * m.max_seq_len:,} tokens a step ({training.batch_size} windows of {m.max_seq_len} x "
-          f"{training.gradient_accumulation_steps}), {run.num_windows / windows:,.1f} steps an epoch, {total_steps:,} "
-          f"steps in all ({total_steps * windows / run.num_windows:.2f} epochs)")
-    for note in schedule_notes(run.config, total_steps, run.iter_num, run.optimizer.param_groups[0]["lr"]):
-        print(f"note: {note}")
-    shape = (training.batch_size, m.max_seq_len)
+    plan = [f"{count_parameters(run.model):,} parameters, {flops / 1e6:.1f} MFLOP per training token, about "
+            f"{memory / 2**30:.1f} GiB of memory", f"{windows * m.max_seq_len:,} tokens a step ({training.batch_size} "
+            f"windows of {m.max_seq_len} x {training.gradient_accumulation_steps}), {run.num_windows / windows:,.1f} "
+            f"steps an epoch, {total_steps:,} steps in all ({total_steps * windows / run.num_windows:.2f} epochs)"]
+    notes = schedule_notes(run.config, total_steps, run.iter_num, run.optimizer.param_groups[0]["lr"])
+    print(*(f"plan: {line}" for line in plan), *(f"note: {note}" for note in notes), sep="\n")
     # two tensors: torch.compile would make a special case of targets that are the inputs, and compile again afterwards
-    example = tuple(torch.zeros(shape, dtype=torch.int64, device=run.device) for _ in range(2))
+    example = tuple(torch.zeros(training.batch_size, m.max_seq_len, dtype=int, device=run.device) for _ in range(2))
     forward, compile_note = choose_compile(
         run.model, lambda compiled: accumulate_gradients(compiled, run.precision, [example]), run.device,
         training.use_compile, remaining * windows * m.max_seq_len * flops / run.ranks.count)
-    print(f"plan: {run.device.type} x {run.ranks.count}, {precision_note}, {compile_note}")
+    plan.append(f"{run.device.type} x {run.ranks.count}, {precision_note}, {compile_note}")
+    print(f"plan: {plan[-1]}")
+    run.folder.record({"type": "plan", "step": run.iter_num, "plan": plan + notes, "config": run.config.to_dict()})
     return run.ranks.parallel(forward, run.device)
 
 
@@ -397,7 +398,7 @@ def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | 
                 print(message)
                 return 0
             raise UserError(message)
-        folder.begin(checkpoint_path, checkpoint["metrics_size"] if checkpoint else 0)
+        folder.begin(checkpoint_path, checkpoint["metrics_size"] if checkpoint else 0, training.logger)
         start = time.perf_counter()
         status = train(run, validation, total_steps)
         if status == 0 and ranks.first:
@@ -410,9 +411,8 @@ def say_goodbye(run: Run, seconds: float, config_path: Path | None) -> None:
     sampling, seeds = run.config.sampling, range(run.config.sampling.seed, run.config.sampling.seed + 4)
     stories = tell_stories(run.model.eval(), run.tokenizer, sampling.prompts[0], sampling, seeds)
     story = next((story for story in stories if story.ended), stories[0])
-    best = run.folder.path / BEST
     print(f"\ndone: {run.iter_num:,} steps in {seconds / 60:.1f} minutes, best validation loss {run.best_val_loss:.4f}"
-          f"\n\n{story.text}\n\nnext:\n  python generate.py --checkpoint {best} --num_samples 3")
+          f"\n\n{story.text}\n\nnext:\n  python generate.py --checkpoint {run.folder.path / BEST} --num_samples 3")
     if not run.config.training.max_steps:
         print(f"  python train.py --checkpoint {run.folder.path / LATEST} "
               f"--num_epochs {run.config.training.num_epochs + 1}")

@@ -21,6 +21,8 @@ from tqdm import tqdm
 
 from config import Config, UserError, config_from_dict
 from config.files import only_one, remove_leftovers, replacing
+from data.loggers import Logger, open_logger
+from data.report import PICTURE, REPORT, update_report
 
 FORMAT = 2
 KEYS = {"model": dict, "config": dict, "tokenizer": str, "iter_num": int, "epoch": float, "best_val_loss": float}
@@ -119,10 +121,13 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.metrics_size = 0
         self._unwritten = b""  # lines that a full disk had no room for
+        self._logger: Logger | None = None
+        self._to_draw = False
 
-    def begin(self, checkpoint: Path | None = None, metrics_size: int = 0) -> None:
+    def begin(self, checkpoint: Path | None = None, metrics_size: int = 0, logger: str | None = None) -> None:
         """Make the folder ready for a new run, or for going on from `checkpoint`, which noted `metrics_size`.
 
+        logger: training.logger, which is told what goes to metrics.jsonl.
         The files of another run go to previous/, which holds one run: starting anew by mistake loses nothing.
         Whoever goes on from a checkpoint in previous/ has the two change places.
         """
@@ -146,10 +151,12 @@ class RunFolder:
             with self.metrics.open("r+b") as file:
                 self.metrics_size = min(metrics_size, file.seek(0, 2))
                 file.truncate(self.metrics_size)
+        self._logger = open_logger(logger, self.path)
 
     def _move_to(self, previous: Path) -> None:
         """Move what a run left in this folder to `previous`, in place of what was there."""
-        earlier = [path for path in (*self.path.glob("*.pth"), self.metrics) if path.exists()]
+        drawn = (self.path / REPORT, self.path / PICTURE)
+        earlier = [path for path in (*self.path.glob("*.pth"), self.metrics, *drawn) if path.exists()]
         if not earlier:
             return
         previous.mkdir(exist_ok=True)
@@ -171,6 +178,15 @@ class RunFolder:
             file.write(self._unwritten)
             file.flush()
             self.metrics_size, self._unwritten = file.tell(), b""
+        self._to_draw |= entry.get("type") in ("evaluation", "final")
+        if self._logger:
+            self._logger(entry)
+
+    def draw(self) -> None:
+        """Draw report.html and loss.png anew, if there was an evaluation since they last were."""
+        if self._to_draw:
+            self._to_draw = False
+            update_report(self.path)
 
     def save(self, name: str, checkpoint: Callable[[], dict[str, Any]]) -> bool:
         """Write what checkpoint() returns. False if that failed, which is told; the old file is then still there."""

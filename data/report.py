@@ -11,6 +11,7 @@ import html
 import io
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ MOST_POINTS, MOST_SAMPLES = 2000, 60  # of a curve, and evaluations in the time 
 INK, GRID = "#202124", "#dadce0"
 COLOURS = {"train": "#9aa0a6", "validation": "#1a66c2", "articles": "#d9730d", "other-tokens": "#1e8e4e"}
 FIGURES = (("val_loss", "validation loss, nats per token"), ("perplexity", "perplexity"),
-           ("bits_per_byte", "bits per byte"), ("article_loss", "articles, nats"), ("other_loss", "other tokens, nats"))
+           ("bits_per_byte", "bits per byte"), ("article_loss", "articles, nats per token"),
+           ("other_loss", "other tokens, nats per token"))
 STYLE = """
 :root { color-scheme: light dark; --ink: #202124; --grid: #dadce0; --page: #fff; --soft: #5f6368; --box: #f4f5f7;
   --train: #9aa0a6; --validation: #1a66c2; --articles: #d9730d; --other-tokens: #1e8e4e }
@@ -38,8 +40,10 @@ body { margin: 0 auto; max-width: 1200px; padding: 1rem; background: var(--page)
 h1 { font-size: 1.5rem; margin: .5rem 0; overflow-wrap: anywhere } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
 p, li { margin: .2rem 0 } .soft { color: var(--soft) }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .75rem .25rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid) }
-th { font-weight: 600 } th:first-child, td:first-child, .text { text-align: left }
+th, td { padding: .25rem .75rem .25rem 0; text-align: right; border-bottom: 1px solid var(--grid) }
+@media (max-width: 500px) { table { font-size: .85rem } th, td { padding-right: .4rem } }
+th { font-weight: 600 } th:first-child, td:first-child, #verdicts :is(th, td):last-child { text-align: left }
+details { margin: 1rem 0 }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 1rem }
 figure { margin: 0; min-width: 0 } figcaption { font-weight: 600 } svg { width: 100%; height: auto; display: block }
 pre { background: var(--box); padding: .75rem; overflow-x: auto; font-size: .85rem } summary { cursor: pointer }
@@ -131,7 +135,8 @@ def draw(name: str, curves: dict[str, list[tuple[int, float]]], log: bool, kind:
                 "font.family": "sans-serif", "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK,
                 "ytick.color": INK, "axes.edgecolor": GRID, "axes.spines.top": False, "axes.spines.right": False,
                 "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6}
-    with rc_context(settings):
+    with rc_context(settings), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a curve with nothing to draw yet is no news
         figure = Figure(figsize=(5.4, 3.1), layout="constrained")
         axes = figure.add_subplot()
         for curve, points in curves.items():
@@ -153,7 +158,7 @@ def draw(name: str, curves: dict[str, list[tuple[int, float]]], log: bool, kind:
         if len(curves) > 1:
             axes.legend(frameon=False)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=160)
+        figure.savefig(buffer, format=kind, dpi=160, transparent=kind == "svg")
     return _inline(buffer.getvalue().decode("utf-8"), name) if kind == "svg" else buffer.getvalue()
 
 
@@ -182,10 +187,11 @@ def _top(folder: Path, entries: Sequence[dict]) -> str:
     if evaluations:
         rows += [("best evaluation", min(evaluations, key=lambda entry: entry["val_loss"])),
                  ("last evaluation", evaluations[-1])]
-    rows += [("all of the validation split", entry) for entry in _of(entries, "final")[-1:]]
+    rows += [("all of the split", entry) for entry in _of(entries, "final")[-1:]]
     if rows:
-        parts.append(_table("figures", ["", "step", *(title for _, title in FIGURES)], [
-            [title, f"{entry['step']:,}", *(f"{entry[key]:.4f}" for key, _ in FIGURES)] for title, entry in rows]))
+        parts.append(_table("figures", ["", *(title for title, _ in rows)], [
+            ["step", *(f"{entry['step']:,}" for _, entry in rows)],
+            *([title, *(f"{entry[key]:.4f}" for _, entry in rows)] for key, title in FIGURES)]))
     if (evaluation := _read_evaluation(folder / EVALUATION)) is not None:
         parts.append(f"<h2>Did it work?</h2><p>evaluate.py, step {evaluation['step']:,}: "
                      f"{len(evaluation['stories'])} stories beside as many real ones</p>")
