@@ -28,7 +28,7 @@ from data.checklist import check_likelihood, check_run
 from data.checkpoints import load_checkpoint
 from data.likelihood import measure_likelihood
 from data.measures import learn
-from data.report import read_metrics
+from data.report import EVALUATION, read_metrics, update_report
 from data.tokens import (
     IGNORED,
     TokenFile,
@@ -203,6 +203,8 @@ def evaluate_checkpoint(config: Config, checkpoint_path: Path, data: str | None 
         with replacing(out) as file:
             file.write(json.dumps(result, indent=1, ensure_ascii=False).encode("utf-8"))
         print(f"\nwritten: {out}")
+        if out.name == EVALUATION and "table" in result:
+            update_report(out.parent)
 
 
 def main() -> None:
