@@ -172,7 +172,10 @@ def evaluate_checkpoint(config: Config, checkpoint_path: Path, data: str | None 
     if data is not None:  # as it stands, so that the bytes are the same whatever model is asked; in a cache of its own
         source = dataclasses.replace(source, dataset="sample", validation=data, clean=False,
                                      cache_dir=str(Path(source.cache_dir) / "evaluate"))
-    validation = prepare_tokens(source, tokenizer, "validation", progress)
+    try:
+        validation = prepare_tokens(source, tokenizer, "validation", progress)
+    except UserError as error:
+        raise UserError(str(error).replace("data.validation", "--data", data is not None)) from None
     train_file = prepare_tokens(config.data, tokenizer, "train", progress) if data is None else None
     precision, _ = choose_precision(device, config.training.use_bf16)
     likelihood = measure_likelihood(model, validation.tokens, tokenizer, config.model.max_seq_len,

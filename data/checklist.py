@@ -56,7 +56,7 @@ def check_run(checkpoint: dict[str, Any], config: Config, train_file: TokenFile)
     checks.append(Check("ok" if 0.03 <= share <= 0.12 else "look", "articles in the data", f"{share:.1%} of the train"
                         "ing tokens", "" if 0.03 <= share <= 0.12 else "5-9% is healthy: a model learns what is there"))
 
-    rate = learning_rate(step, config.optimizer.learning_rate, planned, config.scheduler)
+    rate = learning_rate(max(1, step), config.optimizer.learning_rate, planned, config.scheduler)
     groups = checkpoint.get("optimizer", {}).get("param_groups", [{}])
     used_rate = groups[0].get("lr", math.nan)
     notes = schedule_notes(config, planned)

@@ -166,7 +166,7 @@ def _share(pairs: Iterable[tuple[float, float]]) -> tuple[float | None, float]:
     if not wholes.sum():
         return None, 0.0
     ratio = parts.sum() / wholes.sum()
-    return ratio, float(np.sqrt(((parts - ratio * wholes) ** 2).sum()) / wholes.sum())
+    return float(ratio), float(np.sqrt(((parts - ratio * wholes) ** 2).sum()) / wholes.sum())
 
 
 def _verdict(row: Row, found: float | None, expected: float | None, noise: float) -> str:
