@@ -175,7 +175,9 @@ def evaluate_checkpoint(config: Config, checkpoint_path: Path, data: str | None 
     try:
         validation = prepare_tokens(source, tokenizer, "validation", progress)
     except UserError as error:
-        raise UserError(str(error).replace("data.validation", "--data", data is not None)) from None
+        if data is None:
+            raise
+        raise UserError(str(error).replace("data.validation", "--data", 1)) from None
     train_file = prepare_tokens(config.data, tokenizer, "train", progress) if data is None else None
     precision, _ = choose_precision(device, config.training.use_bf16)
     likelihood = measure_likelihood(model, validation.tokens, tokenizer, config.model.max_seq_len,

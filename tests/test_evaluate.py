@@ -298,7 +298,7 @@ def test_any_text_is_scored_on_its_own_bytes(trained, tmp_path, capsys):
         assert result["likelihood"]["bytes"] == sum(len(text.encode()) for text in ODD_TEXTS)  # nothing was cleaned off
         score = f"{result['likelihood']['bits_per_byte']:.4f} bits per byte"
         assert "table" not in result and score in capsys.readouterr().out
-    with pytest.raises(UserError, match="^--data .*: no such file"):
+    with pytest.raises(UserError, match=r"^--data .*: no such file"):
         evaluate_checkpoint(config_of(trained), trained, data=str(tmp_path / "none.txt"))
 
 
