@@ -179,10 +179,12 @@ def test_training_draws_the_report_and_goes_on_without_it(tiny_config, tmp_path,
     capsys.readouterr()
     _told.clear()
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it fails now
-    assert start_run(tiny_config(*settings, "training.output_dir=blind"), None, None) == 0
+    assert start_run(tiny_config(*settings, "training.output_dir=run"), None, None) == 0
     out = capsys.readouterr().out
     assert out.count("pip install matplotlib") == 1 and "done: 20 steps" in out
-    assert not (tmp_path / "blind" / REPORT).exists()
+    assert not (folder / REPORT).exists()  # that of the earlier run went with it:
+    assert (folder / "previous" / REPORT).read_text(encoding="utf-8") == page
+    assert (folder / "previous" / PICTURE).exists()
 
 
 def test_an_error_in_drawing_is_one_line(tmp_path, capsys):
