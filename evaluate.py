@@ -1,15 +1,17 @@
-"""Look at a model: its loss on the validation split, apart for articles and all other tokens, and sample stories.
+"""Did it work? Checks of a model, how likely it finds the validation split, and its stories beside real ones.
 
     python evaluate.py --checkpoint checkpoints/quickstart/best_model.pth
+    python evaluate.py --checkpoint X --data some.txt      only how likely it finds that text, byte for byte
 
 train.py calls evaluate() and sample_stories() at every evaluation.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,16 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from config import Config, config_from_dict, run_script
-from config.hardware import choose_device, choose_precision
+from config import Config, UserError, config_from_dict, run_script
+from config.cli import Parser
+from config.files import replacing
+from config.hardware import choose_compute, choose_device, choose_precision
 from config.ranks import ALONE, Ranks
-from data.checkpoints import load_checkpoint
+from data.checklist import check_likelihood, check_run
+from data.checkpoints import load_checkpoint, newest_checkpoint
+from data.likelihood import measure_likelihood
+from data.measures import learn
+from data.report import EVALUATION, read_metrics, update_report
 from data.tokens import (
     IGNORED,
     TokenFile,
@@ -31,8 +39,21 @@ from data.tokens import (
     tokenizer_from_json,
     validation_windows,
 )
-from generate import newest_checkpoint, tell_stories
+from data.yardstick import (
+    Passage,
+    choose_references,
+    compare,
+    cut_reference,
+    format_table,
+    measure_passages,
+    read_stories,
+)
+from generate import GOOD_LOSS, pack, tell_stories
 from model import Transformer, model_from_checkpoint
+
+NUM_STORIES = 200
+LEARN_FROM = 30_000  # training stories that words and nouns are learned from
+CHOOSE_FROM = 20_000  # validation stories that references are chosen from
 
 
 @torch.no_grad()
@@ -88,28 +109,119 @@ def sample_stories(model: Transformer, tokenizer: Tokenizer, config: Config) -> 
         model.train()
 
 
-def evaluate_checkpoint(config: Config, checkpoint_path: Path) -> None:
-    """Print a checkpoint's validation loss, on all of the validation split, and its sample stories."""
+# A checkpoint, from all sides
+
+def describe_likelihood(found: dict[str, Any], name: str) -> str:
+    rows = [f"{name}: {found['tokens']:,} tokens, {found['bytes']:,} bytes, {found['characters']:,} characters",
+            f"  {found['val_loss']:.4f} nats per token, perplexity {found['perplexity']:.2f}, "
+            f"{found['bits_per_byte']:.4f} bits per byte, {found['bits_per_character']:.4f} bits per character",
+            f"  articles ({found['articles']:,}): {found['article_loss']:.3f} nats per token, the likeliest token is "
+            f"the right one in {found['article_accuracy']:.1%}; all other tokens: {found['other_loss']:.3f}",
+            "  by position in the story: " + ", ".join(
+                f"{of['first']}-{of['last'] or ''}: {of['loss']:.3f}" if of["last"] != of["first"] else
+                f"{of['first']}: {of['loss']:.3f}" for of in found["by_position"])]
+    return "\n".join(rows)
+
+
+def tell_passages(model: Transformer, tokenizer: Tokenizer, config: Config, prompts: Sequence[str]) -> list[Passage]:
+    """A story from each prompt, each with a seed of its own, without the prompt."""
+    seeds = [config.sampling.seed + place for place in range(len(prompts))]
+    told = tqdm(tell_stories(model, tokenizer, prompts, config.sampling, seeds), total=len(prompts), desc="stories",
+                unit="story", leave=False, disable=None if config.training.show_progress else True)
+    return [Passage(prompt, story.text[len(prompt):], story.ended)
+            for prompt, story in zip(prompts, sorted(told), strict=True)]
+
+
+def compare_stories(model: Transformer, tokenizer: Tokenizer, config: Config, train_file: TokenFile,
+                    validation: TokenFile, num_stories: int) -> dict[str, Any]:
+    """Tell num_stories, and hold them against as many validation stories with the same beginning cut off."""
+    real = list(read_stories(validation, tokenizer, CHOOSE_FROM))
+    pairs = choose_references(real, config.sampling.prompts, num_stories)
+    if not pairs:
+        raise UserError(f"{validation.path}: no story in it is long enough to be a yardstick: --num_stories 0 leaves "
+                        "the comparison out")
+    references = [cut_reference(prompt, story, tokenizer, config.sampling.max_new_tokens) for prompt, story in pairs]
+    passages = tell_passages(model, tokenizer, config, [prompt for prompt, _ in pairs])
+    learned = learn(read_stories(train_file, tokenizer, LEARN_FROM))
+    measured, yardstick = (measure_passages(side, learned, tokenizer, train_file.tokens, config.training.show_progress)
+                           for side in (passages, references))
+    described = [[{**passage._asdict(), **{key: list(value) for key, value in of.items()}}
+                  for passage, of in zip(side, figures, strict=True)]
+                 for side, figures in ((passages, measured), (references, yardstick))]
+    return {"table": compare(passages, references, measured, yardstick), "stories": described[0],
+            "references": described[1], "learned_from": learned.num_stories, "nouns": sorted(learned.nouns)}
+
+
+def evaluate_checkpoint(config: Config, checkpoint_path: Path, data: str | None = None,
+                        num_stories: int = NUM_STORIES, out: Path | None = None) -> None:
+    """Print all that this file finds out about a checkpoint; with `data`, only how likely it finds that text."""
     device, checkpoint = choose_device(config.hardware.device), load_checkpoint(checkpoint_path)
     model = model_from_checkpoint(checkpoint, checkpoint_path, device)
     tokenizer = tokenizer_from_json(checkpoint["tokenizer"], str(checkpoint_path))
-    validation = prepare_tokens(config.data, tokenizer, "validation", config.training.show_progress)
+    progress = config.training.show_progress
+    source = config.data
+    if data is not None:  # as it stands, so that the bytes are the same whatever model is asked; in a cache of its own
+        source = dataclasses.replace(source, dataset="sample", validation=data, clean=False,
+                                     cache_dir=str(Path(source.cache_dir) / "evaluate"))
+    try:
+        validation = prepare_tokens(source, tokenizer, "validation", progress)
+    except UserError as error:
+        if data is None:
+            raise
+        raise UserError(str(error).replace("data.validation", "--data", 1)) from None
+    train_file = prepare_tokens(config.data, tokenizer, "train", progress) if data is None else None
     precision, _ = choose_precision(device, config.training.use_bf16)
-    result = evaluate(model, validation, tokenizer, config, device, precision)
-    print(f"{checkpoint_path}: step {checkpoint['iter_num']:,}, epoch {checkpoint['epoch']:.2f}: "
-          f"{describe_evaluation(result)}")
-    for story in sample_stories(model, tokenizer, config):
-        print("\n" + story)
+    likelihood = measure_likelihood(model, validation.tokens, tokenizer, config.model.max_seq_len,
+                                    config.training.batch_size, device, precision, progress)
+    if likelihood["bytes"] != validation.counts["bytes"]:  # a tokenizer of another make that changes what it reads
+        print(f"warning: {validation.path.name}: its tokens spell {likelihood['bytes']:,} bytes, the text has "
+              f"{validation.counts['bytes']:,}: bits per byte are of the former")
+    result = {"checkpoint": str(checkpoint_path), "step": checkpoint["iter_num"], "epoch": checkpoint["epoch"],
+              "data": data or "validation", "likelihood": likelihood}
+    print()
+    if train_file:
+        metrics = read_metrics(checkpoint_path.parent / "metrics.jsonl")
+        checks = [*check_run(checkpoint, config, train_file),
+                  *check_likelihood(likelihood, checkpoint["iter_num"], metrics, GOOD_LOSS)]
+        result["checks"] = [check._asdict() for check in checks]
+        print(checkpoint_path)
+        for mark, name, found, meaning in checks:
+            print(f"{mark:>5}  {name}: {found}" + (f"\n       {meaning}" if meaning else ""))
+        print()
+    print(describe_likelihood(likelihood, data or "validation split"))
+    if train_file and num_stories:
+        compute, _ = choose_compute("auto", device)
+        result |= compare_stories(pack(model, compute), tokenizer, config, train_file, validation, num_stories)
+        print(f"\n{len(result['stories'])} stories, and as many of the validation split with the same beginnings; the "
+              f"beginning counts for neither\n\n{format_table(result['table'])}")
+        for story in result["stories"][:3]:
+            print(f"\n{story['prompt']}{story['text']}")
+    if out:
+        with replacing(out) as file:
+            file.write(json.dumps(result, indent=1, ensure_ascii=False).encode("utf-8"))
+        print(f"\nwritten: {out}")
+        if out.name == EVALUATION and "table" in result:
+            update_report(out.parent)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Validation loss and sample stories of a checkpoint.")
+    parser = Parser(description="Did it work? Checks, likelihood and stories of a checkpoint.")
     parser.add_argument("--checkpoint", type=Path, help="a .pth file (default: the newest under checkpoints/)")
+    parser.add_argument("--data", metavar="FILE", help="only score this text, a file, folder or glob, byte for byte: "
+                        "models with different tokenizers compare in bits per byte")
+    parser.add_argument("--num_stories", type=int, default=NUM_STORIES, help="told, and held against as many real ones;"
+                        " 0: none (%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all of it, with the stories, as JSON")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE",
                         help="override one value of the checkpoint's config; may be given many times")
     args = parser.parse_args()
+    if args.num_stories < 0:
+        raise UserError(f"--num_stories {args.num_stories}: 0 or more")
+    if args.out and args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a folder; name a file to write")
     path = args.checkpoint or newest_checkpoint()
-    evaluate_checkpoint(config_from_dict(load_checkpoint(path)["config"], str(path), args.overrides), path)
+    config = config_from_dict(load_checkpoint(path)["config"], str(path), args.overrides)
+    evaluate_checkpoint(config, path, args.data, args.num_stories, args.out)
 
 
 if __name__ == "__main__":

@@ -128,8 +128,7 @@ class Run:
     def restore(self, checkpoint: dict[str, Any], source: Path) -> None:
         """Continue where the checkpoint stopped. Raises UserError if that cannot be."""
         load_weights(self.model, checkpoint, source)
-        settings = [{key: group[key] for key in ("betas", "eps", "weight_decay")}
-                    for group in self.optimizer.param_groups]
+        settings = [{key: of[key] for key in ("betas", "eps", "weight_decay")} for of in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
@@ -144,8 +143,10 @@ class Run:
         read_losses(self)  # what is saved is known to be sound
         worked = bool(self.ranks.of_first(self.folder.save(name, self.state)))
         self.folder.keep_newest(self.config.training.keep_checkpoints)
+        self.folder.draw()
         if worked and name == LATEST:
             self.saved = self.iter_num
+        self.clock = self.iter_num, time.perf_counter()
         return worked
 
 
@@ -257,6 +258,7 @@ def log_steps(run: Run, bar: tqdm) -> None:
         entry["peak_share"] = speed * flops_per_token(run.model) / peak / run.ranks.count
         shown["peak"] = f"{entry['peak_share']:.0%}"
     run.folder.record(entry)
+    run.clock = run.iter_num, time.perf_counter()
     bar.set_postfix(shown)
     if bar.disable:
         print(f"step {run.iter_num:,} of {bar.total:,}: " + ", ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
@@ -283,7 +285,6 @@ def train(run: Run, validation: TokenFile, total_steps: int) -> int:
                     run.save(LATEST)
                 look(run, validation)
                 run.save(LATEST)
-                run.clock = run.iter_num, time.perf_counter()
                 continue  # a signal may have come meanwhile
             if is_over(run, total_steps):
                 break
@@ -292,12 +293,10 @@ def train(run: Run, validation: TokenFile, total_steps: int) -> int:
             bar.update()
             if run.iter_num % training.logging_steps == 0 or run.iter_num == total_steps:
                 log_steps(run, bar)
-                run.clock = run.iter_num, time.perf_counter()
             if int(run.epoch) > epochs_done and training.keep_checkpoints:
                 run.save(f"checkpoint_epoch_{int(run.epoch)}.pth")
             if run.iter_num % training.save_steps == 0:
                 run.save(LATEST)
-                run.clock = run.iter_num, time.perf_counter()
         if not stopping and training.eval_samples:  # until here only a part of the validation split was looked at
             result = evaluate(run.model, validation, run.tokenizer, run.config, run.device, run.precision, 0, run.ranks)
             print(f"all of the validation split: {describe_evaluation(result)}")
@@ -321,20 +320,20 @@ def prepare_device(run: Run, total_steps: int) -> Callable[[Tensor, Tensor], Ten
     run.precision, precision_note = choose_precision(run.device, training.use_bf16, run.ranks)
     flops, remaining = flops_per_token(run.model), total_steps - run.iter_num
     memory = estimate_memory(run.model, training.batch_size, run.precision is not contextlib.nullcontext)
-    print(f"plan: {count_parameters(run.model):,} parameters, {flops / 1e6:.1f} MFLOP per training token, "
-          f"about {memory / 2**30:.1f} GiB of memory")
-    print(f"plan: {windows * m.max_seq_len:,} tokens a step ({training.batch_size} windows of {m.max_seq_len} x "
-          f"{training.gradient_accumulation_steps}), {run.num_windows / windows:,.1f} steps an epoch, {total_steps:,} "
-          f"steps in all ({total_steps * windows / run.num_windows:.2f} epochs)")
-    for note in schedule_notes(run.config, total_steps, run.iter_num, run.optimizer.param_groups[0]["lr"]):
-        print(f"note: {note}")
-    shape = (training.batch_size, m.max_seq_len)
+    plan = [f"{count_parameters(run.model):,} parameters, {flops / 1e6:.1f} MFLOP per training token, about "
+            f"{memory / 2**30:.1f} GiB of memory", f"{windows * m.max_seq_len:,} tokens a step ({training.batch_size} "
+            f"windows of {m.max_seq_len} x {training.gradient_accumulation_steps}), {run.num_windows / windows:,.1f} "
+            f"steps an epoch, {total_steps:,} steps in all ({total_steps * windows / run.num_windows:.2f} epochs)"]
+    notes = schedule_notes(run.config, total_steps, run.iter_num, run.optimizer.param_groups[0]["lr"])
+    print(*(f"plan: {line}" for line in plan), *(f"note: {note}" for note in notes), sep="\n")
     # two tensors: torch.compile would make a special case of targets that are the inputs, and compile again afterwards
-    example = tuple(torch.zeros(shape, dtype=torch.int64, device=run.device) for _ in range(2))
+    example = tuple(torch.zeros(training.batch_size, m.max_seq_len, dtype=int, device=run.device) for _ in range(2))
     forward, compile_note = choose_compile(
         run.model, lambda compiled: accumulate_gradients(compiled, run.precision, [example]), run.device,
         training.use_compile, remaining * windows * m.max_seq_len * flops / run.ranks.count)
-    print(f"plan: {run.device.type} x {run.ranks.count}, {precision_note}, {compile_note}")
+    plan.append(f"{run.device.type} x {run.ranks.count}, {precision_note}, {compile_note}")
+    print(f"plan: {plan[-1]}")
+    run.folder.record({"type": "plan", "step": run.iter_num, "plan": plan + notes, "config": run.config.to_dict()})
     return run.ranks.parallel(forward, run.device)
 
 
@@ -390,7 +389,7 @@ def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | 
                 print(message)
                 return 0
             raise UserError(message)
-        folder.begin(checkpoint_path, checkpoint["metrics_size"] if checkpoint else 0)
+        folder.begin(checkpoint_path, checkpoint["metrics_size"] if checkpoint else 0, training.logger)
         start = time.perf_counter()
         status = train(run, validation, total_steps)
         if status == 0 and ranks.first:
@@ -400,9 +399,8 @@ def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | 
 
 def longer_by(run: Run, total_steps: int) -> str:
     """What to raise if a run that is over is to go on."""
-    if run.iter_num < total_steps:
-        return "--set training.early_stopping_patience"
-    return "--set training.max_steps" if run.config.training.max_steps else "--num_epochs"
+    steps = "--set training.max_steps" if run.config.training.max_steps else "--num_epochs"
+    return steps if run.iter_num >= total_steps else "--set training.early_stopping_patience"
 
 
 def say_goodbye(run: Run, seconds: float, longer: str, config_path: Path | None) -> None:
@@ -438,15 +436,14 @@ def main() -> int:
         config = load_config(args.config or QUICKSTART, overrides)
     folder, checkpoint = Path(config.training.output_dir).expanduser(), args.checkpoint
     if args.eval_only:
-        evaluate_checkpoint(config, checkpoint or folder / (LATEST if args.resume else BEST))
+        evaluate_checkpoint(config, checkpoint or folder / (LATEST if args.resume else BEST), num_stories=0)
         return 0
     if args.resume and (folder / LATEST).exists():
         checkpoint = folder / LATEST
     elif args.resume:
         print(f"resume: no {LATEST} in {folder} yet: a new run")
     sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
-    with memory_is_told("lower training.batch_size and raise training.gradient_accumulation_steps, or set "
-                        "training.use_gradient_checkpointing: true, or make the model smaller"):
+    with memory_is_told():
         return start_run(config, args.config, checkpoint, args.resume)
 
 

@@ -102,14 +102,16 @@ def choose_compile(model: nn.Module, try_it: Callable[[Callable], object], devic
 
 
 @contextlib.contextmanager
-def memory_is_told(advice: str) -> Iterator[None]:
-    """Turn running out of the device's or the machine's memory into a UserError that ends with `advice`."""
+def memory_is_told() -> Iterator[None]:
+    """Turn running out of the device's or the machine's memory into a UserError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not re.search("out of memory|allocate memory|bad_alloc|Storage size calculation overflowed", str(error)):
             raise
-        raise UserError(f"out of memory ({one_line(error)}): {advice}") from None
+        raise UserError(f"out of memory ({one_line(error)}): lower training.batch_size and raise training."
+                        "gradient_accumulation_steps by as much, or set training.use_gradient_checkpointing: true, or "
+                        "make the model smaller") from None
 
 
 def peak_flops(device: torch.device) -> float | None:

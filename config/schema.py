@@ -73,6 +73,7 @@ class TrainingConfig:
     keep_checkpoints: Count = 5  # so many checkpoint_epoch_N.pth, the newest, stay on the disk
     logging_steps: Positive = 10
     loss_spike: PositiveReal | None = 5.0  # report a gradient norm so many times its running median; null: never
+    logger: Literal["tensorboard", "wandb"] | None = None  # told what metrics.jsonl is, where it is installed
     show_progress: bool = True
     output_dir: str = "./checkpoints"
     seed: Count = 42

@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 from config import Config, UserError, config_from_dict
 from config.files import only_one, remove_leftovers, replacing
+from data.loggers import Logger, open_logger
+from data.report import PICTURE, REPORT, update_report
 
 FORMAT = 2
 KEYS = {"model": dict, "config": dict, "tokenizer": str, "iter_num": int, "epoch": float, "best_val_loss": float}
@@ -135,10 +137,13 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.metrics_size = 0
         self._unwritten = b""  # lines that a full disk had no room for
+        self._logger: Logger | None = None
+        self._to_draw = False
 
-    def begin(self, checkpoint: Path | None = None, metrics_size: int = 0) -> None:
+    def begin(self, checkpoint: Path | None = None, metrics_size: int = 0, logger: str | None = None) -> None:
         """Make the folder ready for a new run, or for going on from `checkpoint`, which noted `metrics_size`.
 
+        logger: training.logger, which is told what goes to metrics.jsonl.
         The files of another run go to previous/, which holds one run: starting anew by mistake loses nothing.
         Whoever goes on from a checkpoint in previous/ has the two change places. LATEST always belongs to
         metrics.jsonl: it becomes `checkpoint` before the lines of what came after that are cut off.
@@ -173,6 +178,7 @@ class RunFolder:
                 whole_lines = file.read(metrics_size).rpartition(b"\n")
                 self.metrics_size = len(whole_lines[0] + whole_lines[1])
                 file.truncate(self.metrics_size)
+        self._logger = open_logger(logger, self.path)
 
     def _move_to(self, previous: Path) -> None:
         """Move what a run left in this folder to `previous`, in place of the run that was there."""
@@ -180,10 +186,11 @@ class RunFolder:
         if not earlier:  # a run that never saved is none to keep, and replaces none
             return
         previous.mkdir(exist_ok=True)
+        others = (self.metrics.name, REPORT, PICTURE)
         for path in previous.iterdir():
-            if OURS.fullmatch(path.name) or path.name == self.metrics.name:
+            if OURS.fullmatch(path.name) or path.name in others:
                 path.unlink()
-        for path in (*earlier, self.metrics):
+        for path in (*earlier, *(self.path / name for name in others)):
             if path.exists():
                 path.replace(previous / path.name)
         print(f"output: {self.path} held an earlier run: moved to {previous} (to go on with it: --checkpoint "
@@ -201,6 +208,15 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())  # no checkpoint is to count lines that a power failure takes
             self.metrics_size, self._unwritten = file.tell(), b""
+        self._to_draw |= entry.get("type") in ("evaluation", "final")
+        if self._logger:
+            self._logger(entry)
+
+    def draw(self) -> None:
+        """Draw report.html and loss.png anew, if there was an evaluation since they last were."""
+        if self._to_draw:
+            self._to_draw = False
+            update_report(self.path)
 
     def save(self, name: str, checkpoint: Callable[[], dict[str, Any]]) -> bool:
         """Write what checkpoint() returns. False if that failed, which is told; the old file is then still there."""

@@ -39,6 +39,18 @@ def tokenizer(stories) -> Tokenizer:
     return train_tokenizer(stories, 1500, show_progress=False)  # enough for every common word to be a token
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch, request):
+    """No report.html at every evaluation of every run here: it would take longer than the tiny model's training."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("data.checkpoints.update_report", lambda folder: None)
+
+
+@pytest.fixture
+def drawn():
+    """For tests that want it after all."""
+
+
 @pytest.fixture
 def tiny_config(tmp_path, monkeypatch):
     """A function: overrides -> Config of the tiny model; all its files go to a fresh working directory."""

@@ -31,9 +31,10 @@ def wait_for_step(process, step):
 
 
 def metrics(folder):
-    """All lines, without the speeds, which no two runs share."""
+    """All lines, without the speeds, which no two runs share, and without the plan, which every start has."""
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in entry.items() if key != "tokens_per_second"} for entry in entries]
+    return [{key: value for key, value in entry.items() if key != "tokens_per_second"} for entry in entries
+            if entry["type"] != "plan"]
 
 
 def weights(folder):

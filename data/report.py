@@ -1,0 +1,238 @@
+"""metrics.jsonl as a page to look at: report.html, one file that opens anywhere, and loss.png beside it.
+
+The page holds no script and loads nothing: matplotlib draws, its SVG stands in the page, and CSS gives it the colours
+of a light or a dark screen. All that it shows comes from metrics.jsonl, and from evaluate.py's evaluation.json if that
+is there.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from config.files import replacing
+from data.measures import ARTICLES
+
+REPORT, PICTURE, EVALUATION = "report.html", "loss.png", "evaluation.json"
+MOST_POINTS, MOST_SAMPLES = 2000, 60  # of a curve, and evaluations in the time line: more are thinned out evenly
+# what is drawn in these colours takes those of the screen by CSS; loss.png keeps them
+INK, GRID = "#202124", "#dadce0"
+COLOURS = {"train": "#9aa0a6", "validation": "#1a66c2", "articles": "#d9730d", "other-tokens": "#1e8e4e"}
+FIGURES = (("val_loss", "validation loss, nats per token"), ("perplexity", "perplexity"),
+           ("bits_per_byte", "bits per byte"), ("article_loss", "articles, nats per token"),
+           ("other_loss", "other tokens, nats per token"))
+STYLE = """
+:root { color-scheme: light dark; --ink: #202124; --grid: #dadce0; --page: #fff; --soft: #5f6368; --box: #f4f5f7;
+  --train: #9aa0a6; --validation: #1a66c2; --articles: #d9730d; --other-tokens: #1e8e4e }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e6ea; --grid: #3a3d43; --page: #15171a; --soft: #a0a5ad;
+  --box: #1e2126; --train: #7d838b; --validation: #6fb1f5; --articles: #f5a04c; --other-tokens: #62c98d } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 1200px; padding: 1rem; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.5rem; margin: .5rem 0; overflow-wrap: anywhere } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
+p, li { margin: .2rem 0 } .soft { color: var(--soft) }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .75rem .25rem 0; text-align: right; border-bottom: 1px solid var(--grid) }
+@media (max-width: 500px) { table { font-size: .85rem } th, td { padding-right: .4rem } }
+th { font-weight: 600 } th:first-child, td:first-child, #verdicts :is(th, td):last-child { text-align: left }
+details { margin: 1rem 0 }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 1rem }
+figure { margin: 0; min-width: 0 } figcaption { font-weight: 600 } svg { width: 100%; height: auto; display: block }
+pre { background: var(--box); padding: .75rem; overflow-x: auto; font-size: .85rem } summary { cursor: pointer }
+.moment { border-left: 3px solid var(--validation); padding-left: .9rem; margin: 1.2rem 0 }
+.stories { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: .8rem }
+.story { background: var(--box); padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .9rem;
+  max-height: 22rem; overflow-y: auto } mark { background: none; color: var(--articles); font-weight: 700 }
+"""
+_told: set[str] = set()  # what was said once need not be said at every evaluation
+
+
+def update_report(folder: Path) -> None:
+    """Write report.html and loss.png of the run in `folder` anew. What goes wrong is one line: no run ends of it."""
+    try:
+        write_report(folder)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if isinstance(error, ImportError):
+            problem = f"{error}; pip install matplotlib"
+        if problem not in _told:
+            _told.add(problem)
+            tqdm.write(f"warning: {folder / REPORT}: not drawn ({problem}); metrics.jsonl has all of it")
+
+
+def write_report(folder: Path) -> None:
+    """Read metrics.jsonl and evaluation.json in `folder`, write report.html and loss.png. Without entries, nothing."""
+    entries = read_metrics(folder / "metrics.jsonl")
+    steps, evaluations, spikes = (_of(entries, kind) for kind in ("step", "evaluation", "spike"))
+    if not steps and not evaluations:
+        return
+    losses = {"train": _curve(steps, "loss"), "validation": _curve(evaluations, "val_loss"),
+              "articles": _curve(evaluations, "article_loss"), "other-tokens": _curve(evaluations, "other_loss")}
+    charts = [("loss", "Loss, nats per token", losses, True),
+              ("rate", "Learning rate", {"rate": _curve(steps, "learning_rate")}, False),
+              ("norm", "Gradient norm" + (f" ({len(spikes)} spikes noted)" if spikes else ""),
+               {"norm": _curve(steps, "gradient_norm")}, True),
+              ("speed", "Tokens per second", {"speed": _curve(steps, "tokens_per_second")}, False)]
+    figures = [f"<figure><figcaption>{title}</figcaption>{draw(name, curves, log)}</figure>"
+               for name, title, curves, log in charts]
+    page = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(folder.name)}</title>'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+            f"<style>{STYLE}</style></head><body>\n<h1>{html.escape(folder.name)}</h1>\n" + _top(folder, entries)
+            + '\n<h2>Curves</h2>\n<div class="charts">' + "\n".join(figures) + "</div>\n" + _time_line(entries)
+            + "\n</body></html>\n")
+    with replacing(folder / REPORT) as file:
+        file.write(page.encode("utf-8", errors="replace"))
+    with replacing(folder / PICTURE) as file:
+        file.write(draw("loss", losses, True, "png"))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics.jsonl; none if it is not there. A line that was cut off by a crash is left out."""
+    entries = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict) and isinstance(entry.get("type"), str):
+                entries.append(entry)
+    return entries
+
+
+def _of(entries: Sequence[dict], kind: str) -> list[dict[str, Any]]:
+    return [entry for entry in entries if entry["type"] == kind]
+
+
+def _curve(entries: Sequence[dict], key: str) -> list[tuple[int, float]]:
+    return [(entry["step"], entry[key]) for entry in _thin(entries, MOST_POINTS) if key in entry]
+
+
+def _thin(entries: Sequence, most: int) -> Sequence:
+    """At most so many of them, evenly, the last among them."""
+    stride = -(-len(entries) // most) or 1
+    return entries[::-1][::stride][::-1]
+
+
+# Pictures
+
+def draw(name: str, curves: dict[str, list[tuple[int, float]]], log: bool, kind: str = "svg") -> Any:
+    """Curves of (step, value) as inline SVG, in which each is the group with the id `name`-`curve`, or as PNG bytes."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure  # no pyplot: no global state, and no window is ever opened
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "path.simplify": False, "font.size": 9,
+                "font.family": "sans-serif", "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK,
+                "ytick.color": INK, "axes.edgecolor": GRID, "axes.spines.top": False, "axes.spines.right": False,
+                "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6}
+    with rc_context(settings), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a curve with nothing to draw yet is no news
+        figure = Figure(figsize=(5.4, 3.1), layout="constrained")
+        axes = figure.add_subplot()
+        for curve, points in curves.items():
+            if points:
+                x, y = zip(*points, strict=True)
+                marker = "o" if 1 <= len(points) <= 40 and curve != "train" else None
+                axes.plot(x, y, label=curve.replace("-", " "), color=COLOURS.get(curve, COLOURS["validation"]),
+                          linewidth=1.0 if curve == "train" else 1.6, marker=marker, markersize=3, gid=curve)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        if log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        elif name == "speed":
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axes.set_ylim(bottom=0)
+        if len(curves) > 1:
+            axes.legend(frameon=False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, dpi=160, transparent=kind == "svg")
+    return _inline(buffer.getvalue().decode("utf-8"), name) if kind == "svg" else buffer.getvalue()
+
+
+def _inline(svg: str, name: str) -> str:
+    """A file's SVG as a part of a page: ids that no other picture has, and colours that follow the page's."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg"):], flags=re.S)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
+    for colour, variable in ((INK, "ink"), (GRID, "grid"), *((value, key) for key, value in COLOURS.items())):
+        svg = svg.replace(colour, f"var(--{variable})")
+    return svg
+
+
+# Words and numbers
+
+def _top(folder: Path, entries: Sequence[dict]) -> str:
+    """The plan, the figures of the best, the last and the whole evaluation, evaluate.py's table, and the config."""
+    evaluations, plans = _of(entries, "evaluation"), _of(entries, "plan")
+    last = entries[-1]
+    parts = [f"<p>step {last.get('step', 0):,}, epoch {last.get('epoch', 0):.2f}</p>"] if "step" in last else []
+    if plans:
+        parts.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in plans[-1]["plan"]) + "</ul>")
+    rows = []
+    if evaluations:
+        rows += [("best evaluation", min(evaluations, key=lambda entry: entry["val_loss"])),
+                 ("last evaluation", evaluations[-1])]
+    rows += [("all of the split", entry) for entry in _of(entries, "final")[-1:]]
+    if rows:
+        parts.append(_table("figures", ["", *(title for title, _ in rows)], [
+            ["step", *(f"{entry['step']:,}" for _, entry in rows)],
+            *([title, *(f"{entry[key]:.4f}" for _, entry in rows)] for key, title in FIGURES)]))
+    if (evaluation := _read_evaluation(folder / EVALUATION)) is not None:
+        parts.append(f"<h2>Did it work?</h2><p>evaluate.py, step {evaluation['step']:,}: "
+                     f"{len(evaluation['stories'])} stories beside as many real ones</p>")
+        parts.append(_table("verdicts", ["", "model", "reference", "verdict"], [
+            [row["title"], *("-" if row[side] is None else f"{row[side]:.1f}" for side in ("model", "reference")),
+             row["verdict"]] for row in evaluation["table"]]))
+    if plans:
+        config = "\n".join(f"{section}:\n" + "\n".join(f"  {key}: {json.dumps(value, ensure_ascii=False)}"
+                                                       for key, value in values.items())
+                           for section, values in plans[-1]["config"].items())
+        parts.append(f"<details><summary>The config</summary><pre>{html.escape(config)}</pre></details>")
+    return "\n".join(parts)
+
+
+def _read_evaluation(path: Path) -> dict[str, Any] | None:
+    """What evaluate.py --out wrote, if it is there and has the stories' table."""
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found if isinstance(found, dict) and "table" in found else None
+
+
+def _table(name: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    return (f'<div class="scroll"><table id="{name}">' + line("th", heads)
+            + "".join(line("td", row) for row in rows) + "</table></div>")
+
+
+def _time_line(entries: Sequence[dict]) -> str:
+    """The sample stories of each evaluation, the first one first, the articles marked."""
+    moments = [entry for entry in _of(entries, "evaluation") if entry.get("samples")]
+    shown = _thin(moments, MOST_SAMPLES)
+    parts = ["<h2>Stories as grammar arrives</h2>",
+             f'<p class="soft">Always from the same prompts and the same seed; <mark>articles</mark> are marked. '
+             f"{len(shown)} of {len(moments)} evaluations are shown.</p>"]
+    words = re.compile(rf"\b({'|'.join(sorted(ARTICLES))})\b", re.I)
+    for entry in shown:
+        stories = [words.sub(r"<mark>\1</mark>", html.escape(text)) for text in entry["samples"]]
+        boxes = "".join(f'<div class="story">{story}</div>' for story in stories)
+        parts.append(f'<section class="moment"><p><b>step {entry["step"]:,}</b>, epoch {entry["epoch"]:.2f}: '
+                     f"validation loss {entry['val_loss']:.3f}, articles {entry['article_loss']:.3f}, other tokens "
+                     f'{entry["other_loss"]:.3f}</p><div class="stories">{boxes}</div></section>')
+    return "\n".join(parts) if moments else ""
