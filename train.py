@@ -9,7 +9,6 @@ Read it from train(), near the end, where all of it comes together.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import shlex
 import signal
@@ -17,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -378,7 +377,7 @@ def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | 
                             f"shared out to {ranks.count} processes: make it a multiple of that, and batch_size so much"
                             " smaller that their product, the windows of a step, stays what it is")
         if not ranks.first:
-            config = dataclasses.replace(config, training=dataclasses.replace(training, show_progress=False))
+            config = replace(config, training=replace(training, show_progress=False))
         run, validation = prepare_run(config, checkpoint, checkpoint_path, device, folder, ranks)
         remaining = training.num_epochs * run.num_windows - run.position
         total_steps = training.max_steps or run.iter_num + max(0, math.ceil(remaining / run.step_windows))
