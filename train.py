@@ -435,7 +435,7 @@ def main() -> int:
         config = load_config(args.config or QUICKSTART, overrides)
     folder, checkpoint = Path(config.training.output_dir).expanduser(), args.checkpoint
     if args.eval_only:
-        evaluate_checkpoint(config, checkpoint or folder / (LATEST if args.resume else BEST), num_stories=0)
+        evaluate_checkpoint(config, checkpoint or folder / (LATEST if args.resume else BEST))
         return 0
     if args.resume and (folder / LATEST).exists():
         checkpoint = folder / LATEST
