@@ -276,7 +276,8 @@ def test_a_checkpoint_is_looked_at_from_all_sides(trained, tmp_path, capsys):
     assert names == ["checkpoint", "steps", "vocabulary", "tokenizer", "articles in the data", "learning rate", "loss",
                      "label alignment"] and all(f"{name}: " in printed for name in names)
     assert "finished" in result["checks"][0]["found"] and result["checks"][5]["mark"] == "ok"
-    final = [json.loads(line) for line in (trained.parent / "metrics.jsonl").read_text("utf-8").splitlines()][-1]
+    lines = (trained.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    final = json.loads(lines[-1])
     assert result["likelihood"]["val_loss"] == pytest.approx(final["val_loss"], rel=1e-5)
     assert len(result["stories"]) == len(result["references"]) <= 12
     for story, reference in zip(result["stories"], result["references"], strict=True):
