@@ -217,8 +217,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.num_stories < 0:
         raise UserError(f"--num_stories {args.num_stories}: 0 or more")
-    if args.out and args.out.is_dir():
-        raise UserError(f"--out {args.out}: is a folder; name a file to write")
+    if args.out and (args.out.is_dir() or (args.out.exists() and args.out.name != EVALUATION)):
+        raise UserError(f"--out {args.out}: is there already; name another file, or remove it (only {EVALUATION} is "
+                        "written anew)")
     path = args.checkpoint or newest_checkpoint()
     config = config_from_dict(load_checkpoint(path)["config"], str(path), args.overrides)
     evaluate_checkpoint(config, path, args.data, args.num_stories, args.out)

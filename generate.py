@@ -424,9 +424,10 @@ def main() -> None:
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     sampling = change_settings(config_from_dict(checkpoint["config"], str(path)).sampling, given, "--{} {}")
     tokenizer = tokenizer_from_json(checkpoint["tokenizer"], str(path))
+    encode_prompts(tokenizer, prompts, checkpoint["config"]["model"]["max_seq_len"])  # told before a file is opened
     loss = checkpoint["best_val_loss"]
-    print(f"{path}: step {checkpoint['iter_num']:,}, epoch {checkpoint['epoch']:.2f}, best validation loss {loss:.3f}",
-          file=sys.stderr)
+    print(f"{path}: step {checkpoint['iter_num']:,}, epoch {checkpoint['epoch']:.2f}, best validation loss so far "
+          f"{loss:.3f}", file=sys.stderr)
     if loss > GOOD_LOSS:
         print(f"warning: that loss is above {GOOD_LOSS}: expect mistakes in grammar; train longer", file=sys.stderr)
     compute, why = choose_compute(args.compute, device)

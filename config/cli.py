@@ -69,19 +69,13 @@ class Unfailing(io.TextIOBase):
         self.stream = stream
 
     def write(self, text: str) -> int:
-        self._try(lambda: self.stream.write(text))
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        self._try(self.stream.flush)
-
-    def _try(self, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except BrokenPipeError:  # the reader has gone for good
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-        except OSError:  # a full disk may have room again later
-            pass
+        with contextlib.suppress(OSError):
+            self.stream.flush()
 
     def isatty(self) -> bool:
         return self.stream.isatty()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from data.yardstick import (
     read_stories,
 )
 from evaluate import evaluate, evaluate_checkpoint
+from evaluate import main as evaluate_main
 from generate import GOOD_LOSS
 from model import Transformer
 from train import start_run
@@ -313,3 +315,17 @@ def test_scoring_a_text_leaves_the_training_cache_alone(trained, tmp_path):
     before = {path: path.read_bytes() for path in cache.glob("*mine.txt*")}
     evaluate_checkpoint(config, trained, data=str(file))  # uncleaned, so other tokens of the same name
     assert len(before) >= 2 and {path: path.read_bytes() for path in cache.glob("*mine.txt*")} == before
+
+
+def test_out_overwrites_nothing_but_evaluation_json(tmp_path, monkeypatch):
+    file = tmp_path / "mine.txt"
+    file.write_text("Once upon a time.", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--data", str(file), "--out", str(file)])
+    with pytest.raises(UserError, match="is there already"):
+        evaluate_main()
+    assert file.read_text(encoding="utf-8") == "Once upon a time."
+    (tmp_path / "evaluation.json").write_text("{}", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", "none.pth", "--out",
+                                      str(tmp_path / "evaluation.json")])
+    with pytest.raises(UserError, match="no such checkpoint"):
+        evaluate_main()

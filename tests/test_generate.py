@@ -359,7 +359,7 @@ def test_the_script_takes_the_newest_checkpoint_and_says_what_it_is(run_generate
     done = run_generate("--num_samples", "2", "--seed", "5")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Once upon a time there was") == 2
-    assert "step 1,234, epoch 2.50, best validation loss 2.750" in done.stderr and "computing in " in done.stderr
+    assert "step 1,234, epoch 2.50, best validation loss so far 2.750" in done.stderr and "computing in " in done.stderr
     assert "above 2.0" in done.stderr and "2 cut after 12 new tokens" in done.stderr
     alone = run_generate("--seed", "6")  # streamed, not batched
     assert alone.stdout.strip() == done.stdout.split("\n\n")[1].strip()
@@ -466,3 +466,11 @@ def test_the_newest_checkpoint_is_not_one_of_a_replaced_run(tmp_path):
     assert newest_checkpoint(tmp_path) == tmp_path / "b" / "checkpoint_latest.pth"
     with pytest.raises(UserError, match="train one with"):
         newest_checkpoint(tmp_path / "empty")
+
+
+def test_a_prompt_that_is_too_long_opens_no_file(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--device", "cpu", "--prompt", "dog " * 100, "--out", "new.jsonl"])
+    with pytest.raises(UserError, match="context holds 48"):
+        main()
+    assert not (folder / "new.jsonl").exists()

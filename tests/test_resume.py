@@ -161,6 +161,7 @@ def test_too_long_a_prompt_is_told_before_training(tiny_config, tmp_path):
     from train import start_run
     with pytest.raises(UserError, match=r"the prompt .* shorten it"):
         start_run(tiny_config(f"sampling.prompts=[{'Once upon a time ' * 40}]"), None, None)
+    assert not list(tmp_path.rglob("*.pth"))
 
 
 def test_more_epochs_stretch_the_schedule_and_say_so(tiny_config, tmp_path, capsys):
