@@ -61,10 +61,10 @@ def tiny_config(tmp_path, monkeypatch):
 @pytest.fixture
 def start_script(tmp_path):
     """A function: arguments of train.py -> its process, in tmp_path, with the tiny model; `before` starts Python."""
-    def start(*arguments, before=(), stdout=subprocess.PIPE, **more):
+    def start(*arguments, before=(), stdout=subprocess.PIPE, environment=None, **more):
         settings = [part for value in TINY for part in ("--set", value)]
         flags = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
         return subprocess.Popen([sys.executable, *before, str(REPO / "train.py"), *settings, *arguments], cwd=tmp_path,
                                 stdout=stdout, stderr=subprocess.PIPE, encoding="utf-8", errors="replace",
-                                env={**os.environ, "PYTHONUNBUFFERED": "1"}, **flags, **more)
+                                env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}, **flags, **more)
     return start

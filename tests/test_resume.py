@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 
 import pytest
@@ -247,6 +248,21 @@ def test_batches_that_cannot_be_shared_out_are_one_line(start_script, tmp_path):
     _, error = finish(start_script("--set", "training.gradient_accumulation_steps=3", before=TORCHRUN), 1)
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "3 cannot be shared out to 2 processes" in lines[0]
+
+
+@ON_POSIX
+def test_machines_with_different_stories_do_not_train_together(start_script):
+    """As two machines with a process each, which have another number of stories."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    processes = [start_script("--set", f"data.max_stories={300 + rank}", "--set", f"data.cache_dir=cache{rank}",
+                              "--set", f"training.output_dir=run{rank}", "--set", "training.max_steps=1",
+                              environment={**meeting, "RANK": str(rank)})
+                 for rank in range(2)]
+    for process in processes:
+        out, error = finish(process, 2)
+        assert "rank 1 has other data or checkpoints than rank 0" in error and "plan: " not in out
 
 
 def test_two_programs_that_pretokenize_at_once_do_not_harm_each_other(start_script, tmp_path):
