@@ -18,7 +18,6 @@ from typing import Any
 
 from config import Config, UserError, check_overrides, config_from_dict, run_script
 from config.cli import Parser, check_first
-from data.report import EVALUATION, read_metrics, update_report
 
 NUM_STORIES = 200
 
@@ -36,9 +35,6 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.num_stories < 0:
         raise UserError(f"--num_stories {args.num_stories}: 0 or more")
-    if args.out and (args.out.is_dir() or (args.out.exists() and args.out.name != EVALUATION)):
-        raise UserError(f"--out {args.out}: is there already; name another file, or remove it (only {EVALUATION} is "
-                        "written anew)")
     check_overrides(args.overrides)
     return args
 
@@ -57,6 +53,7 @@ from data.checklist import check_likelihood, check_run
 from data.checkpoints import load_checkpoint, newest_checkpoint
 from data.likelihood import measure_likelihood
 from data.measures import learn
+from data.report import EVALUATION, read_metrics, update_report
 from data.tokens import (
     IGNORED,
     TokenFile,
@@ -233,6 +230,9 @@ def evaluate_checkpoint(config: Config, checkpoint_path: Path, data: str | None 
 
 def main() -> None:
     args = parse_arguments()
+    if args.out and (args.out.is_dir() or (args.out.exists() and args.out.name != EVALUATION)):
+        raise UserError(f"--out {args.out}: is there already; name another file, or remove it (only {EVALUATION} is "
+                        "written anew)")
     path = args.checkpoint or newest_checkpoint()
     config = config_from_dict(load_checkpoint(path)["config"], str(path), args.overrides)
     evaluate_checkpoint(config, path, args.data, args.num_stories, args.out)
