@@ -254,7 +254,6 @@ def _parse(text: str) -> list[tuple[str, list[str]]]:
     return beats
 
 
-# two of everything: what fills the slots of a row, and their twins, so that {color} and {color2} differ
 _WORDS = [[tuple({slot + twin: word for slot, word in zip(slots.split(":"), row.split(":"), strict=True)}
                  for twin in ("", "2")) for row in rows.split(",")] for slots, rows in WORDS.items()]
 _OPENINGS = [(with_pet, days, _parse(text)) for parts, with_pet, days, text in OPENINGS for _ in range(parts)]
@@ -268,8 +267,7 @@ def _cast(pick: Callable, with_pet: bool) -> dict[str, str]:
         words, others = pick(rows), pick(rows)
         while others is words:
             others = pick(rows)
-        cast |= words[0]
-        cast |= others[1]
+        cast |= words[0] | others[1]  # two of everything: {color} and {color2} differ
     hero, friend = pick(("girl", "boy")), pick(("girl", "boy"))
     cast |= {"name": cast[hero], "friend": cast[friend + "2"]}
     he, him, his = ("she", "her", "her") if hero == "girl" else ("he", "him", "his")
