@@ -8,6 +8,7 @@ train.py calls evaluate() and sample_stories() at every evaluation.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -15,12 +16,36 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from config import Config, UserError, check_overrides, config_from_dict, run_script
+from config.cli import Parser, check_first
+
+NUM_STORIES = 200
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description="Did it work? Checks, likelihood and stories of a checkpoint.")
+    parser.add_argument("--checkpoint", type=Path, help="a .pth file (default: the newest under checkpoints/)")
+    parser.add_argument("--data", metavar="FILE", help="only score this text, a file, folder or glob, byte for byte: "
+                        "models with different tokenizers compare in bits per byte")
+    parser.add_argument("--num_stories", type=int, default=NUM_STORIES, help="told, and held against as many real ones;"
+                        " 0: none (%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write all of it, with the stories, as JSON")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE",
+                        help="override one value of the checkpoint's config; may be given many times")
+    args = parser.parse_args()
+    if args.num_stories < 0:
+        raise UserError(f"--num_stories {args.num_stories}: 0 or more")
+    check_overrides(args.overrides)
+    return args
+
+
+if __name__ == "__main__":
+    check_first(parse_arguments)  # a mistake is told at once, before seconds of importing what follows
+
 import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from config import Config, UserError, config_from_dict, run_script
-from config.cli import Parser
 from config.files import replacing
 from config.hardware import choose_compute, choose_device, choose_precision
 from config.ranks import ALONE, Ranks
@@ -51,7 +76,6 @@ from data.yardstick import (
 from generate import GOOD_LOSS, pack, tell_stories
 from model import Transformer, model_from_checkpoint
 
-NUM_STORIES = 200
 LEARN_FROM = 30_000  # training stories that words and nouns are learned from
 CHOOSE_FROM = 20_000  # validation stories that references are chosen from
 
@@ -205,18 +229,7 @@ def evaluate_checkpoint(config: Config, checkpoint_path: Path, data: str | None 
 
 
 def main() -> None:
-    parser = Parser(description="Did it work? Checks, likelihood and stories of a checkpoint.")
-    parser.add_argument("--checkpoint", type=Path, help="a .pth file (default: the newest under checkpoints/)")
-    parser.add_argument("--data", metavar="FILE", help="only score this text, a file, folder or glob, byte for byte: "
-                        "models with different tokenizers compare in bits per byte")
-    parser.add_argument("--num_stories", type=int, default=NUM_STORIES, help="told, and held against as many real ones;"
-                        " 0: none (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write all of it, with the stories, as JSON")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE",
-                        help="override one value of the checkpoint's config; may be given many times")
-    args = parser.parse_args()
-    if args.num_stories < 0:
-        raise UserError(f"--num_stories {args.num_stories}: 0 or more")
+    args = parse_arguments()
     if args.out and (args.out.is_dir() or (args.out.exists() and args.out.name != EVALUATION)):
         raise UserError(f"--out {args.out}: is there already; name another file, or remove it (only {EVALUATION} is "
                         "written anew)")

@@ -24,17 +24,52 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from config import UserError, config_from_dict, run_script
+from config.cli import Parser, check_first
+from config.schema import SamplingConfig, change_settings
+
+SETTINGS = [field.name for field in dataclasses.fields(SamplingConfig) if field.name != "prompts"]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description="Tell stories with a trained model. What is not given is taken from the sampling "
+                                "section of the checkpoint's config.")
+    parser.add_argument("--checkpoint", type=Path, help="a .pth file (default: the newest under checkpoints/)")
+    begin = parser.add_mutually_exclusive_group()
+    begin.add_argument("--prompt", default="Once upon a time there was", help="how the story begins (%(default)s)")
+    begin.add_argument("--prompts_file", type=Path, metavar="FILE", help="a text file, UTF-8, with a prompt a line")
+    begin.add_argument("--interactive", action="store_true", help="ask for one beginning after the other")
+    parser.add_argument("--temperature", help="0: always the likeliest token; higher: more daring")
+    parser.add_argument("--top_k", help="draw from the k likeliest tokens; 0: from all")
+    parser.add_argument("--top_p", help="draw from the likeliest tokens that make up this share")
+    parser.add_argument("--min_p", help="draw from tokens at least this share as likely as the likeliest; 0: from all")
+    parser.add_argument("--repetition_penalty", help="above 1: tokens that are there already become less likely")
+    parser.add_argument("--max_new_tokens", help="at most so many tokens after the prompt")
+    parser.add_argument("--seed", help="story i of a prompt is drawn with seed + i")
+    parser.add_argument("--num_samples", type=int, default=1, help="how many stories of each prompt (%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write a line of JSON for each story to a new file")
+    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    parser.add_argument("--compute", choices=("auto", "float32", "bf16", "int8"), default="auto",
+                        help="auto: bf16 where the device is faster with it, else float32; int8: 8-bit weights")
+    args = parser.parse_args()
+    if args.num_samples < 1 or (args.interactive and args.num_samples > 1):
+        raise UserError(f"--num_samples {args.num_samples}: at least 1, and with --interactive just 1")
+    args.settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    change_settings(SamplingConfig(), args.settings, "--{} {}")  # for its errors
+    return args
+
+
+if __name__ == "__main__":
+    check_first(parse_arguments)  # a mistake is told at once, before seconds of importing what follows
+
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import UserError, config_from_dict, run_script
-from config.cli import Parser
 from config.files import open_new
 from config.hardware import PackedLinear, choose_compute, choose_device
-from config.schema import SamplingConfig, change_settings
 from config.values import show
 from data.checkpoints import load_checkpoint, newest_checkpoint
 from data.readers import read_prompts
@@ -42,7 +77,6 @@ from data.tokens import END_OF_STORY, tokenizer_from_json
 from model import Attention, KVCache, Transformer, apply_rope, model_from_checkpoint
 
 GOOD_LOSS = 2.0  # nats per token; above it, a model on TinyStories still makes mistakes in grammar
-SETTINGS = [field.name for field in dataclasses.fields(SamplingConfig) if field.name != "prompts"]
 HELP = """Type the beginning of a story and press Enter (nothing: from scratch). Ctrl-C stops a story.
 /set NAME VALUE  change a setting, such as /set temperature 0.7
 /help            this, and the settings
@@ -390,39 +424,13 @@ def talk(model: Transformer, tokenizer: Tokenizer, sampling: SamplingConfig,
             return
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description="Tell stories with a trained model. What is not given is taken from the sampling "
-                                "section of the checkpoint's config.")
-    parser.add_argument("--checkpoint", type=Path, help="a .pth file (default: the newest under checkpoints/)")
-    begin = parser.add_mutually_exclusive_group()
-    begin.add_argument("--prompt", default="Once upon a time there was", help="how the story begins (%(default)s)")
-    begin.add_argument("--prompts_file", type=Path, metavar="FILE", help="a text file, UTF-8, with a prompt a line")
-    begin.add_argument("--interactive", action="store_true", help="ask for one beginning after the other")
-    parser.add_argument("--temperature", help="0: always the likeliest token; higher: more daring")
-    parser.add_argument("--top_k", help="draw from the k likeliest tokens; 0: from all")
-    parser.add_argument("--top_p", help="draw from the likeliest tokens that make up this share")
-    parser.add_argument("--min_p", help="draw from tokens at least this share as likely as the likeliest; 0: from all")
-    parser.add_argument("--repetition_penalty", help="above 1: tokens that are there already become less likely")
-    parser.add_argument("--max_new_tokens", help="at most so many tokens after the prompt")
-    parser.add_argument("--seed", help="story i of a prompt is drawn with seed + i")
-    parser.add_argument("--num_samples", type=int, default=1, help="how many stories of each prompt (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write a line of JSON for each story to a new file")
-    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    parser.add_argument("--compute", choices=("auto", "float32", "bf16", "int8"), default="auto",
-                        help="auto: bf16 where the device is faster with it, else float32; int8: 8-bit weights")
-    return parser.parse_args()
-
-
 def main() -> None:
     args = parse_arguments()
-    if args.num_samples < 1 or (args.interactive and args.num_samples > 1):
-        raise UserError(f"--num_samples {args.num_samples}: at least 1, and with --interactive just 1")
     typed = args.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # it may hold any bytes
     prompts = read_prompts(args.prompts_file) if args.prompts_file else [typed]
     device, path = choose_device(args.device), args.checkpoint or newest_checkpoint()
     checkpoint = load_checkpoint(path)
-    given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    sampling = change_settings(config_from_dict(checkpoint["config"], str(path)).sampling, given, "--{} {}")
+    sampling = change_settings(config_from_dict(checkpoint["config"], str(path)).sampling, args.settings, "--{} {}")
     tokenizer = tokenizer_from_json(checkpoint["tokenizer"], str(path))
     encode_prompts(tokenizer, prompts, checkpoint["config"]["model"]["max_seq_len"])  # told before a file is opened
     loss = checkpoint["best_val_loss"]

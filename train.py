@@ -8,6 +8,7 @@ Read it from train(), near the end, where all of it comes together.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import math
 import shlex
@@ -20,27 +21,42 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from config import Config, UserError, add_config_arguments, check_overrides, config_from_dict, load_config, run_script
+from config.cli import MAIN_CONFIG, QUICKSTART, Parser, Unfailing, check_first, deferred_interrupts, positive
+
+
+def parse_arguments() -> tuple[argparse.Namespace, Config | None]:
+    """The command line and its config; None if that is the checkpoint's own, which takes torch to read."""
+    parser = Parser(description="Train a story-telling Llama.")
+    add_config_arguments(parser, QUICKSTART)
+    parser.add_argument("--num_epochs", type=positive, help="instead of training.num_epochs")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--checkpoint", type=Path, help="go on from this file; without --config, with its own config")
+    source.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in training.output_"
+                        "dir; where there is none yet, begin: the same command starts a run and continues it")
+    parser.add_argument("--eval_only", action="store_true", help="only evaluate --checkpoint (default: the best)")
+    args = parser.parse_args()
+    if args.num_epochs:  # and so not the max_steps of the YAML
+        args.overrides = ["training.max_steps=null", *args.overrides, f"training.num_epochs={args.num_epochs}"]
+    if args.checkpoint and not args.config:
+        return args, check_overrides(args.overrides)
+    return args, load_config(args.config or QUICKSTART, args.overrides)
+
+
+if __name__ == "__main__":
+    check_first(parse_arguments)  # a mistake is told at once, before seconds of importing what follows
+
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import Config, UserError, add_config_arguments, config_from_dict, load_config, run_script
-from config.cli import MAIN_CONFIG, QUICKSTART, Parser, Unfailing, deferred_interrupts
 from config.hardware import choose_compile, choose_device, choose_precision, memory_is_told, peak_flops
 from config.ranks import ALONE, Ranks, join_ranks
 from config.schedule import learning_rate, schedule_notes
 from data.checkpoints import BEST, CARRIED, LATEST, RunFolder, check_resumable, hold_folder, load_checkpoint
-from data.tokens import (
-    TokenFile,
-    count_windows,
-    dropout_seed,
-    prepare_tokens,
-    read_batch,
-    tokenizer_from_json,
-    training_windows,
-)
+from data.tokens import TokenFile, count_windows, dropout_seed, prepare_tokens, read_batch, training_windows
 from evaluate import describe_evaluation, evaluate, evaluate_checkpoint, sample_stories
 from generate import encode_prompts, tell_stories
 from model import Transformer, count_parameters, estimate_memory, find_non_finite, flops_per_token, load_weights
@@ -340,10 +356,7 @@ def prepare_run(config: Config, checkpoint: dict[str, Any] | None, source: Path 
                 folder: RunFolder, ranks: Ranks) -> tuple[Run, TokenFile]:
     """Tokenizer, token files, model, optimizer, and the state of the checkpoint. Returns the validation split too."""
     with ranks.first_goes_ahead():
-        if checkpoint:  # it brings its own tokenizer, whatever became of the folder
-            tokenizer = tokenizer_from_json(checkpoint["tokenizer"], str(source))
-        else:
-            tokenizer = ensure_tokenizer(config)
+        tokenizer = ensure_tokenizer(config, checkpoint and checkpoint["tokenizer"], source)
         train_file, validation = (prepare_tokens(config.data, tokenizer, split, config.training.show_progress)
                                   for split in ("train", "validation"))
     encode_prompts(tokenizer, config.sampling.prompts, config.model.max_seq_len)  # too long a one is told now
@@ -417,22 +430,9 @@ def say_goodbye(run: Run, seconds: float, longer: str, config_path: Path | None)
 
 
 def main() -> int:
-    parser = Parser(description="Train a story-telling Llama.")
-    add_config_arguments(parser, QUICKSTART)
-    parser.add_argument("--num_epochs", type=int, help="instead of training.num_epochs")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--checkpoint", type=Path, help="go on from this file; without --config, with its own config")
-    source.add_argument("--resume", action="store_true", help=f"go on from {LATEST} in training.output_dir; where "
-                        "there is none yet, begin: the same command starts a run and continues it")
-    parser.add_argument("--eval_only", action="store_true", help="only evaluate --checkpoint (default: the best)")
-    args = parser.parse_args()
-    overrides = args.overrides
-    if args.num_epochs is not None:  # and so not the max_steps of the YAML
-        overrides = ["training.max_steps=null", *overrides, f"training.num_epochs={args.num_epochs}"]
-    if args.checkpoint and not args.config:
-        config = config_from_dict(load_checkpoint(args.checkpoint)["config"], str(args.checkpoint), overrides)
-    else:
-        config = load_config(args.config or QUICKSTART, overrides)
+    args, config = parse_arguments()
+    if config is None:
+        config = config_from_dict(load_checkpoint(args.checkpoint)["config"], str(args.checkpoint), args.overrides)
     folder, checkpoint = Path(config.training.output_dir).expanduser(), args.checkpoint
     if args.eval_only:
         evaluate_checkpoint(config, checkpoint or folder / (LATEST if args.resume else BEST))

@@ -14,10 +14,33 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from config import Config, UserError, add_config_arguments, load_config, run_script
+from config.cli import MAIN_CONFIG, Parser, check_first, positive
+
+
+def parse_arguments() -> Config:
+    """The config, with what the command line changes in it."""
+    parser = Parser(description="Train a byte-level BPE tokenizer on stories.")
+    add_config_arguments(parser, MAIN_CONFIG)
+    parser.add_argument("--vocab_size", type=positive, help="all tokens, special ones and bytes too (model.vocab_size)")
+    parser.add_argument("--output_dir", help="where to write it (data.tokenizer_path)")
+    parser.add_argument("--max_samples", type=positive, help="stories to learn from (tokenizer.max_samples)")
+    parser.add_argument("--min_frequency", type=positive, help="a pair seen less often is not merged (tokenizer.min_"
+                        "frequency)")
+    parser.add_argument("--dataset", help="tinystories, sample, a hub id, a file or a folder (data.dataset)")
+    args = parser.parse_args()
+    flags = {"model.vocab_size": args.vocab_size, "data.tokenizer_path": args.output_dir,
+             "tokenizer.max_samples": args.max_samples, "tokenizer.min_frequency": args.min_frequency,
+             "data.dataset": args.dataset}
+    given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]  # JSON is YAML, quoted
+    return load_config(args.config or MAIN_CONFIG, args.overrides + given)
+
+
+if __name__ == "__main__":
+    check_first(parse_arguments)  # a mistake is told at once, before seconds of importing what follows
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from config import Config, UserError, add_config_arguments, load_config, run_script
-from config.cli import MAIN_CONFIG, Parser
 from config.files import only_one, remove_leftovers, replacing
 from data.stories import open_stories
 from data.tokens import END_OF_STORY, SPECIAL_TOKENS, load_tokenizer, tokenizer_from_json
@@ -91,8 +114,13 @@ def make_tokenizer(config: Config, folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def ensure_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer of data.tokenizer_path; trained first if it is not there. Raises UserError if it does not fit."""
+def ensure_tokenizer(config: Config, saved: str | None = None, source: Path | None = None) -> Tokenizer:
+    """The tokenizer of data.tokenizer_path; trained first if it is not there. Raises UserError if it does not fit.
+
+    saved: the tokenizer.json that the checkpoint `source` holds, which is taken whatever became of the folder.
+    """
+    if saved:
+        return tokenizer_from_json(saved, str(source))
     path = Path(config.data.tokenizer_path).expanduser()
     if not (path / "tokenizer.json").exists() and not path.is_file():
         with only_one(path / ".lock", f"tokenizer: {path}: another program is training it: waiting", wait=True):
@@ -113,19 +141,7 @@ def ensure_tokenizer(config: Config) -> Tokenizer:
 
 
 def main() -> None:
-    parser = Parser(description="Train a byte-level BPE tokenizer on stories.")
-    add_config_arguments(parser, MAIN_CONFIG)
-    parser.add_argument("--vocab_size", type=int, help="tokens, special ones and bytes included (model.vocab_size)")
-    parser.add_argument("--output_dir", help="where to write it (data.tokenizer_path)")
-    parser.add_argument("--max_samples", type=int, help="stories to learn from (tokenizer.max_samples)")
-    parser.add_argument("--min_frequency", type=int, help="pairs seen less often stay apart (tokenizer.min_frequency)")
-    parser.add_argument("--dataset", help="tinystories, sample, a hub id, a file or a folder (data.dataset)")
-    args = parser.parse_args()
-    flags = {"model.vocab_size": args.vocab_size, "data.tokenizer_path": args.output_dir,
-             "tokenizer.max_samples": args.max_samples, "tokenizer.min_frequency": args.min_frequency,
-             "data.dataset": args.dataset}
-    given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]  # JSON is YAML, quoted
-    config = load_config(args.config or MAIN_CONFIG, args.overrides + given)
+    config = parse_arguments()
     path = Path(config.data.tokenizer_path).expanduser()
     if (path / "tokenizer.json").exists():  # token files and runs may rest on it
         raise UserError(f"{path}: holds a tokenizer already, which is kept: name another folder with --output_dir")

@@ -4,6 +4,7 @@ Importing this package is cheap: it never imports torch.
 """
 
 from config.cli import UserError, add_config_arguments, run_script
-from config.schema import Config, config_from_dict, load_config
+from config.schema import Config, check_overrides, config_from_dict, load_config
 
-__all__ = ["Config", "UserError", "add_config_arguments", "config_from_dict", "load_config", "run_script"]
+__all__ = ["Config", "UserError", "add_config_arguments", "check_overrides", "config_from_dict", "load_config",
+           "run_script"]

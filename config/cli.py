@@ -35,6 +35,13 @@ def add_config_arguments(parser: argparse.ArgumentParser, default: Path) -> None
                         help="override one value of the YAML; may be given many times")
 
 
+def positive(text: str) -> int:
+    """The type of a flag that is a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number, at least 1")
+    return int(text)
+
+
 @contextlib.contextmanager
 def deferred_interrupts() -> Iterator[list[int]]:
     """Let Ctrl-C and SIGTERM wait: the list holds the signal once one came. A second one leaves at once.
@@ -88,31 +95,64 @@ class Unfailing(io.TextIOBase):
         return self.stream.encoding
 
 
-def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's main() and exit with its status (None is 0).
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Exit with one line and status 2 for a UserError or an OSError (no such file, no permission, disk full).
 
-    A UserError or an OSError (no such file, no permission, disk full) is one line and status 2; Ctrl-C is status 130,
-    SIGTERM 143. Of several processes on one machine (torchrun), the first one tells what they all found.
+    Ctrl-C is status 130. Of several processes on one machine (torchrun), the first one tells what they all found.
     """
-    for stream in (sys.stdout, sys.stderr):  # a console in another code page must not end a run over a curly quote
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what is half-done is tidied
     try:
-        status = main() or 0
-        sys.stdout.flush()  # so that a closed pipe shows here, where it is caught
+        yield
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        status = 2
+        sys.exit(2)
     except BrokenPipeError:  # `generate.py | head`: the reader has gone, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+        sys.exit(0)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        status = 2
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
-        status = 130
+        sys.exit(130)
+
+
+def check_first(parse_arguments: Callable[[], object]) -> None:
+    """Exit with one line if a script's command line or YAML is wrong; to be called before it imports torch.
+
+    That takes seconds. Until run_script() takes over, Ctrl-C and SIGTERM end the program at once: an import that is
+    cut short leaves nothing to tidy, and may turn an exception into another one.
+    """
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) is usual:  # not so under nohup, say
+            signal.signal(number, _leave)
+    _allow_any_text()
+    with one_line_errors():
+        parse_arguments()
+
+
+def _leave(number: int, frame: Any) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, b"\nstopped\n")
+    os._exit(128 + number)
+
+
+def _allow_any_text() -> None:
+    """A console in another code page must not end a run over a curly quote."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run a script's main() and exit with its status (None is 0), or as one_line_errors() does; SIGTERM is 143."""
+    _allow_any_text()
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what is half-done is tidied
+    with one_line_errors():
+        status = main() or 0
+        sys.stdout.flush()  # so that a closed pipe shows here, where it is caught
     sys.exit(status)

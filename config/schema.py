@@ -179,6 +179,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def config_from_dict(values: Any, source: str, overrides: Sequence[str] = ()) -> Config:
     """Check nested plain values, as a YAML file or a checkpoint holds them. `source` names them in errors."""
+    config = _build(values, source, overrides)
+    _check_combinations(config, source)
+    if config.data.max_seq_len is None:
+        data = dataclasses.replace(config.data, max_seq_len=config.model.max_seq_len)
+        config = dataclasses.replace(config, data=data)
+    return config
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raise UserError if one is wrong in itself, whatever config it may be applied to."""
+    _build({}, "", overrides)
+
+
+def _build(values: Any, source: str, overrides: Sequence[str]) -> Config:
     sections = {field.name: field.default for field in dataclasses.fields(Config)}
     if not isinstance(values, dict):
         raise UserError(f"{source}: expected sections ({', '.join(sections)}), found {show(values)}")
@@ -191,12 +205,7 @@ def config_from_dict(values: Any, source: str, overrides: Sequence[str] = ()) ->
         if name not in sections:
             raise UserError(f"{origins.get(name, source)}: {unknown(name, sections, 'section')}")
         built[name] = build_section(type(sections[name]), name, section_values, source, origins)
-    config = Config(**built)
-    _check_combinations(config, source)
-    if config.data.max_seq_len is None:
-        data = dataclasses.replace(config.data, max_seq_len=config.model.max_seq_len)
-        config = dataclasses.replace(config, data=data)
-    return config
+    return Config(**built)
 
 
 def change_settings(sampling: SamplingConfig, texts: dict[str, str], origin: str) -> SamplingConfig:

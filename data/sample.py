@@ -254,7 +254,8 @@ def _parse(text: str) -> list[tuple[str, list[str]]]:
     return beats
 
 
-_WORDS = [(slots.split(":"), [words.split(":") for words in rows.split(",")]) for slots, rows in WORDS.items()]
+_WORDS = [[tuple({slot + twin: word for slot, word in zip(slots.split(":"), row.split(":"), strict=True)}
+                 for twin in ("", "2")) for row in rows.split(",")] for slots, rows in WORDS.items()]
 _OPENINGS = [(with_pet, days, _parse(text)) for parts, with_pet, days, text in OPENINGS for _ in range(parts)]
 _PLOTS = [_parse(text) for text in PLOTS.values()]
 
@@ -262,12 +263,11 @@ _PLOTS = [_parse(text) for text in PLOTS.values()]
 def _cast(pick: Callable, with_pet: bool) -> dict[str, str]:
     """Choose whom and what a story is about: the words for all slots, the same from its first sentence to its last."""
     cast = {}
-    for slots, rows in _WORDS:
+    for rows in _WORDS:
         words, others = pick(rows), pick(rows)
         while others is words:
             others = pick(rows)
-        for slot, word, other in zip(slots, words, others, strict=True):
-            cast[slot], cast[slot + "2"] = word, other  # two of everything: {color} and {color2} differ
+        cast |= words[0] | others[1]  # two of everything: {color} and {color2} differ
     hero, friend = pick(("girl", "boy")), pick(("girl", "boy"))
     cast |= {"name": cast[hero], "friend": cast[friend + "2"]}
     he, him, his = ("she", "her", "her") if hero == "girl" else ("he", "him", "his")

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from config import UserError
 from config.files import only_one, remove_leftovers, replacing
 from config.schema import DataConfig
+from data.encoding import make_encoder
 from data.stories import Stories, open_stories
 
 if TYPE_CHECKING:
@@ -196,25 +197,22 @@ def build_token_file(stories: Stories, tokenizer: Tokenizer, path: Path, fingerp
 
 
 def _encode_all(stories: Stories, tokenizer: Tokenizer, file: BinaryIO, show_progress: bool) -> dict[str, int]:
-    separator, articles, dtype = tokenizer.token_to_id(END_OF_STORY), article_mask(tokenizer), _dtype(tokenizer)
+    articles, dtype = article_mask(tokenizer), _dtype(tokenizer).newbyteorder("<")
+    encode, separator = make_encoder(tokenizer, dtype), np.array(tokenizer.token_to_id(END_OF_STORY), dtype).tobytes()
     counts = {"tokens": 0, "article_tokens": 0}
 
-    def write(ids: list[int]) -> None:
-        array = np.array(ids, dtype=dtype.newbyteorder("<"))
+    def write(ids: bytes) -> None:
+        array = np.frombuffer(ids, dtype)
         counts["tokens"] += len(array)
         counts["article_tokens"] += int(articles[array].sum())
-        array.tofile(file)
+        file.write(ids)
 
     with tqdm(total=stories.total_bytes, unit="B", unit_scale=True, desc="tokenize", leave=False,
               disable=None if show_progress else True) as progress:
         for chunk, num_bytes in _chunks(stories):
-            ids = []
-            for encoding in tokenizer.encode_batch_fast(chunk, add_special_tokens=False):
-                ids.append(separator)
-                ids.extend(encoding.ids)
-            write(ids)
+            write(b"".join(separator + ids for ids in encode(chunk)))
             progress.update(num_bytes)
-    write([separator])
+    write(separator)
     return {**counts, **{key: int(count) for key, count in stories.counts.items()}}
 
 

@@ -1,9 +1,12 @@
-"""Peak memory and speed of building a token file, by the size of the corpus.
+"""Speed of building a token file beside the tokenizer library's own, and peak memory by the size of the corpus.
 
-    python tests/benchmarks/pretokenization.py --megabytes 10 100 1000 --repeats 3
+    python tests/benchmarks/pretokenization.py --repeats 5                     offline sample stories, 2,048 tokens
+    python tests/benchmarks/pretokenization.py --repeats 5 --text FILE         your text, 10,000 tokens
+    python tests/benchmarks/pretokenization.py --memory 10 100 1000            megabytes
 
-Each measurement is a process of its own (its peak resident memory cannot be reset) that reads a .txt file of offline
-sample stories and writes the token file. Prints the medians over the repeats, and each over that of the first size.
+Prints medians over the repeats. Speed: the library encodes text in memory on all cores (encode_batch_fast), the
+ceiling of a program that leaves all to it; against it the whole way from a .txt file to the token file, and reading and
+cleaning alone. They take turns. Memory: each measurement is a process of its own, whose peak cannot be reset.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ sys.path.insert(0, str(REPO))
 
 from config.schema import DataConfig  # noqa: E402
 from data.sample import sample_stories  # noqa: E402
-from data.tokens import load_tokenizer, prepare_tokens  # noqa: E402
+from data.stories import open_stories  # noqa: E402
+from data.tokens import build_token_file, load_tokenizer, prepare_tokens  # noqa: E402
 from train_custom_tokenizer import save_tokenizer, train_tokenizer  # noqa: E402
 
 BLOCK = 10_000_000  # bytes of different stories; a larger corpus is this block again and again
@@ -53,32 +57,74 @@ def measure_here(corpus: str, folder: str) -> None:
     print(json.dumps([before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, seconds]))
 
 
+def compare_speed(corpus: Path, vocab_size: int, repeats: int, folder: str) -> None:
+    """Print MB/s of the library on text in memory, of reading, and from file to token file, taking turns."""
+    data = DataConfig(dataset=str(corpus), validation=f"{corpus}.none", tokenizer_path=folder, cache_dir=folder)
+    stories = open_stories(data, "train")
+    texts = list(stories)
+    megabytes = stories.counts["bytes"] / 1e6
+    tokenizer = train_tokenizer(texts, vocab_size, show_progress=False)
+
+    def library() -> None:
+        for start in range(0, len(texts), 2400):
+            tokenizer.encode_batch_fast(texts[start:start + 2400], add_special_tokens=False)
+
+    def build() -> None:
+        build_token_file(stories, tokenizer, Path(folder) / "speed.bin", {}, show_progress=False)
+
+    ways = {"library, text in memory, all cores": library, "reading and cleaning": lambda: [*stories],
+            "from file to token file": build}
+    seconds = {name: [] for name in ways}
+    for _ in range(repeats + 1):  # the first one does not count
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - start)
+    ceiling = statistics.median(seconds["library, text in memory, all cores"][1:])
+    print(f"{corpus.name}: {len(texts):,} stories, {megabytes:.1f} MB, {tokenizer.get_vocab_size():,} tokens\n\n"
+          "| | MB/s | ratio to the library |\n|---|---|---|")
+    for name, times in seconds.items():
+        median = statistics.median(times[1:])
+        print(f"| {name} | {megabytes / median:.1f} | {ceiling / median:.2f} |")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Peak memory and speed of building a token file.")
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[10, 100, 1000])
+    parser = argparse.ArgumentParser(description="Speed of building a token file, or its peak memory.")
+    parser.add_argument("--text", type=Path, help="a .txt file of stories, separated by <|endoftext|>")
+    parser.add_argument("--memory", type=int, nargs="+", metavar="MEGABYTES", help="peak memory for these sizes")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.memory:
+            measure_memory(args.memory, args.repeats, folder)
+        elif args.text:
+            compare_speed(args.text, 10_000, args.repeats, folder)
+        else:
+            write_corpus(Path(folder) / "sample.txt", 10)
+            compare_speed(Path(folder) / "sample.txt", 2048, args.repeats, folder)
+
+
+def measure_memory(sizes: list[int], repeats: int, folder: str) -> None:
     print("| text, MB | peak memory, MiB | of that before the first story | ratio to the first | MB/s | ratio |")
     print("|---|---|---|---|---|---|")
     first = None
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = train_tokenizer(itertools.islice(sample_stories(seed=0), 5000), 2048, show_progress=False)
-        save_tokenizer(tokenizer, folder)
-        for megabytes in args.megabytes:
-            corpus = Path(folder) / f"{megabytes}.txt"
-            write_corpus(corpus, megabytes)
-            runs = []
-            for _ in range(args.repeats):
-                done = subprocess.run([sys.executable, __file__, "--measure", str(corpus), folder], check=True,
-                                      capture_output=True, encoding="utf-8")
-                runs.append(json.loads(done.stdout.splitlines()[-1]))
-                for path in Path(folder).glob("*.bin"):
-                    path.unlink()
-            before, peak, seconds = (statistics.median(values) for values in zip(*runs, strict=True))
-            first = first or (peak, megabytes / seconds)
-            print(f"| {megabytes} | {peak:.0f} | {before:.0f} | {peak / first[0]:.2f} | {megabytes / seconds:.1f} | "
-                  f"{megabytes / seconds / first[1]:.2f} |", flush=True)
-            corpus.unlink()
+    tokenizer = train_tokenizer(itertools.islice(sample_stories(seed=0), 5000), 2048, show_progress=False)
+    save_tokenizer(tokenizer, folder)
+    for megabytes in sizes:
+        corpus = Path(folder) / f"{megabytes}.txt"
+        write_corpus(corpus, megabytes)
+        runs = []
+        for _ in range(repeats):
+            done = subprocess.run([sys.executable, __file__, "--measure", str(corpus), folder], check=True,
+                                  capture_output=True, encoding="utf-8")
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
+            for path in Path(folder).glob("*.bin"):
+                path.unlink()
+        before, peak, seconds = (statistics.median(values) for values in zip(*runs, strict=True))
+        first = first or (peak, megabytes / seconds)
+        print(f"| {megabytes} | {peak:.0f} | {before:.0f} | {peak / first[0]:.2f} | {megabytes / seconds:.1f} | "
+              f"{megabytes / seconds / first[1]:.2f} |", flush=True)
+        corpus.unlink()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,70 @@
+"""A mistake in the command line or the YAML is told before torch is loaded, which takes seconds; so is --help."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+
+SCRIPTS = ("train.py", "generate.py", "evaluate.py", "train_custom_tokenizer.py")
+HEAVY = {"torch", "tokenizers", "datasets", "transformers", "matplotlib", "numpy", "tqdm", "model"}
+# runs a script as `python script.py ...` does; when that exits, the heavy modules it loaded are the last line of stderr
+RUN = f"""
+import atexit, runpy, sys
+atexit.register(lambda: print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr))
+sys.argv = sys.argv[1:]
+sys.path.insert(0, {str(REPO)!r})
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(tmp_path, script, *arguments):
+    return subprocess.run([sys.executable, "-c", RUN, str(REPO / script), *arguments], cwd=tmp_path,
+                          capture_output=True, encoding="utf-8")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_loads_nothing_heavy(tmp_path, script):
+    done = run(tmp_path, script, "--help")
+    assert done.returncode == 0 and "--" in done.stdout and done.stderr == "[]\n"
+
+
+BAD = [(script, arguments, part) for script in SCRIPTS for arguments, part in (
+    (["--no_such_flag"], "--no_such_flag"),
+    (["--set", "training.batch_sze=4"], "did you mean batch_size?" if script != "generate.py" else "--set"))]
+BAD += [(script, arguments, part) for script in ("train.py", "train_custom_tokenizer.py") for arguments, part in (
+    (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"), (["--config", "bad.yaml"], "bad.yaml, line"),
+    (["--config", "unknown.yaml"], "did you mean d_model?"), (["--set", "training.batch_size"], "section.key"))]
+BAD += [("train.py", ["--num_epochs", "0"], "--num_epochs"),
+        ("train.py", ["--resume", "--checkpoint", "x"], "--resume"),
+        ("train.py", ["--checkpoint", "x.pth", "--set", "model.d_modl=1"], "did you mean d_model?"),
+        ("generate.py", ["--temperature", "hot"], "error: --temperature hot: "),
+        ("generate.py", ["--num_samples", "0"], "--num_samples 0"), ("generate.py", ["--device", "tpu"], "--device"),
+        ("evaluate.py", ["--num_stories", "-1"], "--num_stories -1"),
+        ("train_custom_tokenizer.py", ["--max_samples", "0"], "--max_samples")]
+
+
+@pytest.mark.parametrize(("script", "arguments", "part"), BAD)
+def test_a_mistake_is_one_line_and_loads_nothing_heavy(tmp_path, script, arguments, part):
+    (tmp_path / "bad.yaml").write_text("model:\n  d_model: [\n", encoding="utf-8")
+    (tmp_path / "unknown.yaml").write_text("model:\n  d_modl: 64\n", encoding="utf-8")
+    done = run(tmp_path, script, *arguments)
+    line, loaded = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("error: ") and part in line and loaded == "[]"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a process cannot be sent signals there")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_signal_while_the_script_is_importing_ends_it_in_one_line(tmp_path, script, number, status):
+    """The import that the signal comes into is one that turns every exception into an ImportError, as some do."""
+    name = "tokenizers" if script == "train_custom_tokenizer.py" else "torch"
+    slow = tmp_path / "slow" / f"{name}.py"
+    slow.parent.mkdir()
+    slow.write_text(f"import os\ntry:\n    os.kill(os.getpid(), {int(number)})\n    for _ in range(10**9): pass\n"
+                    "except BaseException:\n    raise ImportError('half loaded')\n", encoding="utf-8")
+    done = subprocess.run([sys.executable, str(REPO / script)], cwd=tmp_path, capture_output=True, encoding="utf-8",
+                          env={**os.environ, "PYTHONPATH": str(slow.parent)})
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "\nstopped\n")
