@@ -25,6 +25,7 @@ from config.values import one_line
 # dense bf16 FLOP/s with float32 accumulation, from the vendors' data sheets, by a part of torch's device name
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12,
               "RTX 3090": 71e12}
+SPLIT_FROM = 1024  # inputs; above it oneDNN splits the sums of a row that is alone, and rounds them differently
 COMPILE_PAYS = 1e14  # FLOP of a run on the CPU from which compiling (tens of seconds) is worth its time
 
 
@@ -163,6 +164,8 @@ def prepack(weight: Tensor) -> Tensor:
 
 
 def multiply_prepacked(x: Tensor, weight: Tensor) -> Tensor:
+    if len(x) == 1 and x.shape[1] > SPLIT_FROM:
+        return multiply_prepacked(x.expand(2, -1), weight)[:1]  # so that a row has the same bits as among others
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
