@@ -148,7 +148,7 @@ class PackedLinear(nn.Module):
             self.weight, self.scales = (weight / scales[:, None]).round().to(torch.int8), scales.to(self.dtype)
             self.weight = F.pad(self.weight, (0, -weight.shape[1] % 64))  # the kernel works on whole blocks only
             self.multiply = self.multiply_int8
-        elif weight.device.type == "cpu" and can_prepack():
+        elif weight.device.type == "cpu" and can_prepack(self.dtype):
             self.weight, self.multiply = prepack(self.weight), multiply_prepacked
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,10 +170,11 @@ def multiply_prepacked(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @functools.cache
-def can_prepack() -> bool:
-    """Whether this torch has the oneDNN operators that torch.compile uses, tried out: they are not public."""
+def can_prepack(dtype: torch.dtype) -> bool:
+    """Whether the oneDNN operators that torch.compile uses work here, tried out: they are not public, and for bf16 want
+    a CPU with AVX-512."""
     try:
-        x, weight = torch.eye(4), torch.arange(16.0).view(4, 4)
+        x, weight = torch.eye(4, dtype=dtype), torch.arange(16.0).view(4, 4).to(dtype)
         return torch.equal(multiply_prepacked(x, prepack(weight)), weight.T)
     except (AttributeError, RuntimeError):
         return False
