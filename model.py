@@ -70,18 +70,18 @@ class KVCache:
 
     def positions(self, seq_len: int) -> slice | Tensor:
         """Where each row's next tokens go: one slice if that is the same for all, else int64, (rows, seq_len)."""
-        end, self.hidden = self.length + seq_len, None
-        if min(self.lengths) == self.length and end >= FEWEST_SLOTS:  # a slice saves scattering and masks
-            return slice(self.length, end)
-        starts = torch.tensor(self.lengths).to(self.device, non_blocking=True)
-        positions = starts[:, None] + torch.arange(seq_len, device=self.device)  # (rows, seq_len)
+        end, self.hidden, equal = self.length + seq_len, None, min(self.lengths) == self.length
+        if equal and end >= FEWEST_SLOTS:
+            return slice(self.length, end)  # saves scattering and masks
+        starts = torch.tensor(self.lengths[:1] if equal else self.lengths).to(self.device, non_blocking=True)
+        positions = starts[:, None] + torch.arange(seq_len, device=self.device)  # (1 or rows, seq_len)
         slots = torch.arange(max(end, FEWEST_SLOTS), device=self.device)
-        hidden = slots > positions[:, None, :, None]  # (rows, 1, seq_len, slots): what comes after, or is not filled
+        hidden = slots > positions[:, None, :, None]  # (1 or rows, 1, seq_len, slots): what comes after, or is unfilled
         self.hidden = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -math.inf)
-        return positions
+        return slice(self.length, end) if equal else positions
 
     def append(self, layer: int, positions: slice | Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (rows, n_kv_heads, seq_len, head_dim) at `positions`; return the slots that any row has filled, or more.
+        """Store (rows, n_kv_heads, seq_len, head_dim) at `positions`; return the slots that any row has filled.
 
         At least FEWEST_SLOTS, so that a row's sums are grouped alike whether the rows beside it are longer or not.
         """
@@ -141,8 +141,8 @@ def plain_attention(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tenso
     """The same written out: softmax(Q K^T / sqrt(head_dim)) V (Vaswani et al., 2017, eq. 1).
 
     With keys, values of (batch, n_kv_heads, all_len, head_dim) the queries are the last of all_len, or hidden tells
-    what each sees: float32, (batch, 1, seq_len, all_len), 0 or -inf. On a CPU this beats the fused kernels if a row
-    has one query; a row's bits then depend neither on the other rows nor, from FEWEST_SLOTS on, on what is hidden.
+    what each sees: float32, (batch or 1, 1, seq_len, all_len), 0 or -inf. On a CPU this beats the fused kernels if a
+    row has one query; its bits then depend neither on the other rows nor, from FEWEST_SLOTS on, on what is hidden.
     """
     batch, heads, seq_len, head_dim = queries.shape
     # heads that share keys and values become more queries of one head: (batch, n_kv_heads, group * seq_len, head_dim)

@@ -221,8 +221,8 @@ def test_packed_weights_give_a_row_the_same_bits_alone_and_beside_longer_rows(co
     prompts = [[0, *range(5, 5 + length)] for length in (0, 1, 2, 3, 5, 7, 9, 11, 14, 15, 16, 25, 31, 40)]
 
     def tell(prompts, seeds):
-        return [(told.index, told.new, told.log_probability)
-                for running in generate_tokens(model, prompts, seeds, NEVER, 1500, FREE) for told in running if told.done]
+        steps = generate_tokens(model, prompts, seeds, NEVER, 1500, FREE)
+        return [(told.index, told.new, told.log_probability) for running in steps for told in running if told.done]
 
     together = sorted(tell(prompts, range(14)))
     assert sorted((i, *tell([prompts[i]], [i])[0][1:]) for i in range(14)) == together
@@ -288,14 +288,18 @@ def test_packed_weights_give_the_models_logits(compute, tolerance):
 
 
 def test_packing_works_without_the_private_operators(model, monkeypatch):
-    def refuse(*args):
-        raise RuntimeError("bf16 path needs the cpu support avx512bw, avx512vl and avx512dq")  # what such a CPU's says
+    def refuse(weight):
+        if weight.dtype in refused:
+            raise RuntimeError("mkldnn_linear: bf16 path needs the cpu support avx512bw, avx512vl and avx512dq")
+        return original(weight)
 
+    original, refused = hardware.prepack, {torch.bfloat16}
     monkeypatch.setattr(hardware, "can_prepack", hardware.can_prepack.__wrapped__)  # without what it remembers
     monkeypatch.setattr(hardware, "prepack", refuse)
+    assert len(continue_all(pack(copy.deepcopy(model), "bf16"), PROMPTS, [1] * 6, GREEDY)) == 6
+    refused.add(torch.float32)
     unpacked = continue_all(pack(copy.deepcopy(model), "float32"), PROMPTS, [1] * 6, GREEDY)
     assert unpacked == continue_all(model, PROMPTS, [1] * 6, GREEDY)
-    assert continue_all(pack(copy.deepcopy(model), "bf16"), PROMPTS, [1] * 6, GREEDY)
 
 
 # Stories
