@@ -68,7 +68,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config.files import open_new
+from config.files import naming, open_new
 from config.hardware import PackedLinear, choose_compute, choose_device
 from config.values import show
 from data.checkpoints import load_checkpoint, newest_checkpoint
@@ -414,12 +414,16 @@ def talk(model: Transformer, tokenizer: Tokenizer, sampling: SamplingConfig,
             elif command.startswith("/"):
                 raise UserError(f"{command}: no such command; there are /set, /help and /quit")
             else:
-                tell_and_print(model, tokenizer, [line], sampling, [sampling.seed], functools.partial(record, sampling))
+                try:
+                    tell_and_print(model, tokenizer, [line], sampling, [sampling.seed],
+                                   functools.partial(record, sampling))
+                except KeyboardInterrupt:
+                    print("(stopped; /quit leaves)", file=sys.stderr)
                 sampling = dataclasses.replace(sampling, seed=sampling.seed + 1)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:
-            print("(stopped; /quit leaves)", file=sys.stderr)
+            print("\n(/quit leaves)", file=sys.stderr)
         except EOFError:
             return
 
@@ -433,8 +437,8 @@ def main() -> None:
     sampling = change_settings(config_from_dict(checkpoint["config"], str(path)).sampling, args.settings, "--{} {}")
     tokenizer = tokenizer_from_json(checkpoint["tokenizer"], str(path))
     encode_prompts(tokenizer, prompts, checkpoint["config"]["model"]["max_seq_len"])  # told before a file is opened
-    loss = checkpoint["best_val_loss"]
-    print(f"{path}: step {checkpoint['iter_num']:,}, epoch {checkpoint['epoch']:.2f}, best validation loss so far "
+    loss, whose = checkpoint["best_val_loss"], "" if path.name == "best_model.pth" else "best of its run so far, "
+    print(f"{path}: step {checkpoint['iter_num']:,}, epoch {checkpoint['epoch']:.2f}, {whose}validation loss "
           f"{loss:.3f}", file=sys.stderr)
     if loss > GOOD_LOSS:
         print(f"warning: that loss is above {GOOD_LOSS}: expect mistakes in grammar; train longer", file=sys.stderr)
@@ -442,15 +446,17 @@ def main() -> None:
     print(f"computing in {compute}{why}", file=sys.stderr)
     model = pack(model_from_checkpoint(checkpoint, path, device), compute)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(naming("standard output"))  # what else is written names itself
         file = stack.enter_context(open_new(args.out, "--out")) if args.out else None
 
         def record(sampling: SamplingConfig, prompt: str, seed: int, story: Story) -> None:
             if file is not None:
                 settings = {name: getattr(sampling, name) for name in SETTINGS if name != "seed"}
                 settings |= {"compute": compute, "checkpoint": str(path)}
-                print(json.dumps({"prompt": prompt, "seed": seed, "text": story.text, "tokens": story.tokens,
-                                  "mean_log_probability": story.log_probability, "ended": story.ended,
-                                  "settings": settings}, ensure_ascii=False), file=file, flush=True)
+                line = {"prompt": prompt, "seed": seed, "text": story.text, "tokens": story.tokens,
+                        "mean_log_probability": story.log_probability, "ended": story.ended, "settings": settings}
+                with naming(f"--out {args.out}"):
+                    print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
 
         if args.interactive:
             return talk(model, tokenizer, sampling, record)

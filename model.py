@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from config import UserError, config_from_dict
 from config.schema import ModelConfig
 
+FEWEST_SLOTS = 32  # of a cache that attention looks at: the CPU's products group their sums differently below 16
+
 
 def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles (Su et al., 2021, eq. 34), float32, each (max_seq_len, rotary_dim / 2).
@@ -52,14 +54,15 @@ class KVCache:
 
     Slot i of a row holds its token i. layers: for each layer a key and a value tensor, (max_rows, n_kv_heads, max_len,
     head_dim). lengths: the tokens of each row in use, known without asking the device; the rows after them are free.
+    hidden: see plain_attention(); the slots that no query of this pass sees, or None.
     """
 
     def __init__(self, config: ModelConfig, max_rows: int, max_len: int, device: torch.device,
                  dtype: torch.dtype = torch.float32) -> None:
-        shape = (max_rows, config.kv_heads, max_len, config.head_dim)
+        shape = (max_rows, config.kv_heads, max(max_len, FEWEST_SLOTS), config.head_dim)
         self.layers = [(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
                        for _ in range(config.n_layers)]
-        self.device, self.lengths = device, [0] * max_rows
+        self.device, self.lengths, self.hidden = device, [0] * max_rows, None
 
     @property
     def length(self) -> int:
@@ -67,13 +70,21 @@ class KVCache:
 
     def positions(self, seq_len: int) -> slice | Tensor:
         """Where each row's next tokens go: one slice if that is the same for all, else int64, (rows, seq_len)."""
-        if min(self.lengths) == self.length:  # a slice saves scattering and masks
-            return slice(self.length, self.length + seq_len)
-        starts = torch.tensor(self.lengths).to(self.device, non_blocking=True)
-        return starts[:, None] + torch.arange(seq_len, device=self.device)
+        end, self.hidden, equal = self.length + seq_len, None, min(self.lengths) == self.length
+        if equal and end >= FEWEST_SLOTS:
+            return slice(self.length, end)  # saves scattering and masks
+        starts = torch.tensor(self.lengths[:1] if equal else self.lengths).to(self.device, non_blocking=True)
+        positions = starts[:, None] + torch.arange(seq_len, device=self.device)  # (1 or rows, seq_len)
+        slots = torch.arange(max(end, FEWEST_SLOTS), device=self.device)
+        hidden = slots > positions[:, None, :, None]  # (1 or rows, 1, seq_len, slots): what comes after, or is unfilled
+        self.hidden = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -math.inf)
+        return slice(self.length, end) if equal else positions
 
     def append(self, layer: int, positions: slice | Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (rows, n_kv_heads, seq_len, head_dim) at `positions`; return the slots that any row has filled."""
+        """Store (rows, n_kv_heads, seq_len, head_dim) at `positions`; return the slots that any row has filled.
+
+        At least FEWEST_SLOTS, so that a row's sums are grouped alike whether the rows beside it are longer or not.
+        """
         rows, end = len(self.lengths), self.length + keys.shape[2]
         for cached, new in zip(self.layers[layer], (keys, values), strict=True):
             if isinstance(positions, slice):
@@ -82,7 +93,7 @@ class KVCache:
                 row = torch.arange(rows, device=self.device)[:, None]  # (rows, 1)
                 cached[row, :, positions] = new.transpose(1, 2).type_as(cached)  # (rows, seq_len, n_kv_heads, head_dim)
         keys, values = self.layers[layer]
-        return keys[:rows, :, :end], values[:rows, :, :end]
+        return keys[:rows, :, :max(end, FEWEST_SLOTS)], values[:rows, :, :max(end, FEWEST_SLOTS)]
 
 
 class Attention(nn.Module):
@@ -110,7 +121,7 @@ class Attention(nn.Module):
         queries, keys, values = self.project(x, cos, sin)
         if cache is not None:
             keys, values = cache.append(self.layer, positions, keys, values)  # (batch, n_kv_heads, all_len, head_dim)
-            out = plain_attention(queries, keys, values, positions)  # (batch, n_heads, seq_len, head_dim)
+            out = plain_attention(queries, keys, values, cache.hidden)  # (batch, n_heads, seq_len, head_dim)
         else:
             attend = flash_attention if self.config.use_flash_attention else plain_attention
             out = attend(queries, keys, values)  # (batch, n_heads, seq_len, head_dim)
@@ -126,22 +137,21 @@ def flash_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
                                           enable_gqa=queries.shape[1] != keys.shape[1])
 
 
-def plain_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor | slice | None = None) -> Tensor:
+def plain_attention(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None = None) -> Tensor:
     """The same written out: softmax(Q K^T / sqrt(head_dim)) V (Vaswani et al., 2017, eq. 1).
 
-    With keys, values of (batch, n_kv_heads, all_len, head_dim) the queries are the last, or have their own positions,
-    (batch, seq_len). On a CPU this beats the fused kernels if a row has one query; a row's bits then do not depend on
-    the other rows.
+    With keys, values of (batch, n_kv_heads, all_len, head_dim) the queries are the last of all_len, or hidden tells
+    what each sees: float32, (batch or 1, 1, seq_len, all_len), 0 or -inf. On a CPU this beats the fused kernels if a
+    row has one query; its bits then depend neither on the other rows nor, from FEWEST_SLOTS on, on what is hidden.
     """
     batch, heads, seq_len, head_dim = queries.shape
     # heads that share keys and values become more queries of one head: (batch, n_kv_heads, group * seq_len, head_dim)
     grouped = (queries / math.sqrt(head_dim)).reshape(batch, keys.shape[1], -1, head_dim).type_as(keys)
     scores = (keys @ grouped.transpose(2, 3)).transpose(2, 3)  # (batch, n_kv_heads, group * seq_len, all_len)
-    if seq_len > 1 or isinstance(positions, Tensor):
-        slots = torch.arange(keys.shape[2], device=keys.device)
-        own = positions if isinstance(positions, Tensor) else slots[None, -seq_len:]
-        hidden = slots > own[:, None, :, None]  # (batch or 1, 1, seq_len, all_len): what comes after, or is not filled
-        scores = scores.reshape(batch, heads, seq_len, -1).masked_fill(hidden, -math.inf).view(scores.shape)
+    if hidden is None and seq_len > 1:
+        hidden = torch.full((seq_len, keys.shape[2]), -math.inf, device=keys.device).triu(keys.shape[2] - seq_len + 1)
+    if hidden is not None:
+        scores = (scores.reshape(batch, heads, seq_len, -1) + hidden).view(scores.shape)
     shares = scores.float().softmax(dim=-1).type_as(values)
     return (shares @ values).view(queries.shape).type_as(queries)
 

@@ -66,11 +66,28 @@ def only_one(lock: Path, busy: str, wait: bool) -> Iterator[None]:
         held.release()
 
 
-def open_new(path: Path, flag: str) -> TextIO:
-    """Open a file to write; raise UserError if it is there already: stories are never overwritten."""
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Turn an OSError into a UserError that says what could not be opened or written: a full disk's does not."""
     try:
-        return path.open("x", encoding="utf-8", newline="\n")
-    except FileExistsError:
-        raise UserError(f"{flag} {path}: is there already; name another file, or remove it") from None
+        yield
+    except BrokenPipeError:  # the reader has gone, which is no error; see run_script
+        raise
     except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror}") from None
+        raise UserError(f"{what}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def open_new(path: Path, flag: str) -> Iterator[TextIO]:
+    """A new file to write; UserError if it is there already: stories are never overwritten. Left empty, it goes."""
+    if path.exists():
+        raise UserError(f"{flag} {path}: is there already; name another file, or remove it")
+    with naming(f"{flag} {path}"):
+        file = path.open("x", encoding="utf-8", newline="\n")
+    try:
+        with file:
+            yield file
+    finally:
+        with contextlib.suppress(OSError):
+            if path.stat().st_size == 0:
+                path.unlink()

@@ -25,6 +25,7 @@ from config.values import one_line
 # dense bf16 FLOP/s with float32 accumulation, from the vendors' data sheets, by a part of torch's device name
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12,
               "RTX 3090": 71e12}
+SPLIT_FROM = 1024  # inputs; above it oneDNN splits the sums of a row that is alone, and rounds them differently
 COMPILE_PAYS = 1e14  # FLOP of a run on the CPU from which compiling (tens of seconds) is worth its time
 
 
@@ -147,7 +148,7 @@ class PackedLinear(nn.Module):
             self.weight, self.scales = (weight / scales[:, None]).round().to(torch.int8), scales.to(self.dtype)
             self.weight = F.pad(self.weight, (0, -weight.shape[1] % 64))  # the kernel works on whole blocks only
             self.multiply = self.multiply_int8
-        elif weight.device.type == "cpu" and can_prepack():
+        elif weight.device.type == "cpu" and can_prepack(self.dtype):
             self.weight, self.multiply = prepack(self.weight), multiply_prepacked
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,14 +164,17 @@ def prepack(weight: Tensor) -> Tensor:
 
 
 def multiply_prepacked(x: Tensor, weight: Tensor) -> Tensor:
+    if len(x) == 1 and x.shape[1] > SPLIT_FROM:
+        return multiply_prepacked(x.expand(2, -1), weight)[:1]  # so that a row has the same bits as among others
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 @functools.cache
-def can_prepack() -> bool:
-    """Whether this torch has the oneDNN operators that torch.compile uses, tried out: they are not public."""
+def can_prepack(dtype: torch.dtype) -> bool:
+    """Whether the oneDNN operators that torch.compile uses work here, tried out: they are not public, and for bf16 want
+    a CPU with AVX-512."""
     try:
-        x, weight = torch.eye(4), torch.arange(16.0).view(4, 4)
+        x, weight = torch.eye(4, dtype=dtype), torch.arange(16.0).view(4, 4).to(dtype)
         return torch.equal(multiply_prepacked(x, prepack(weight)), weight.T)
     except (AttributeError, RuntimeError):
         return False

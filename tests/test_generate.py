@@ -198,11 +198,11 @@ def test_past_the_context_it_goes_on_from_the_last_half_in_every_row_by_itself(m
     assert continue_all(tiny, [[0]], [1], GREEDY, end=NEVER) == [recompute(tiny, [0], 40)]
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("compute", [None, "float32", "bf16", "int8"])
 @pytest.mark.parametrize("sampling", [
     FREE, SamplingConfig(temperature=1.2, top_k=40, max_new_tokens=70, repetition_penalty=1.3, min_p=0.01)])
-def test_a_story_depends_on_its_own_seed_and_prompt_and_not_on_its_batch(model, sampling, packed, monkeypatch):
-    model = pack(copy.deepcopy(model), "float32") if packed else model
+def test_a_story_depends_on_its_own_seed_and_prompt_and_not_on_its_batch(model, sampling, compute, monkeypatch):
+    model = pack(copy.deepcopy(model), compute) if compute else model
     prompts, seeds = [[token % 49 for token in PROMPTS[i % 6]] for i in range(40)], list(range(40))
     together = continue_all(model, prompts, seeds, sampling, num_tokens=50)  # some of 50 tokens end a story
     assert [continue_all(model, [p], [s], sampling, num_tokens=50)[0]
@@ -211,6 +211,23 @@ def test_a_story_depends_on_its_own_seed_and_prompt_and_not_on_its_batch(model, 
     assert continue_all(model, prompts, seeds, sampling, num_tokens=50, check_every=3) == together
     lengths = {len(new) for new in together}
     assert len(lengths) > 3 and len({tuple(new) for new in together}) > 30
+
+
+@pytest.mark.parametrize("compute", ["float32", "bf16", "int8"])
+def test_packed_weights_give_a_row_the_same_bits_alone_and_beside_longer_rows(compute, monkeypatch):
+    if not hardware.can_prepack(torch.float32 if compute == "float32" else torch.bfloat16):
+        pytest.skip("other products than oneDNN's, which for bf16 want AVX-512, promise no bits")
+    model = pack(make_model(d_ffn=1100), compute)  # oneDNN splits so long a sum in a row that is alone
+    prompts = [[0, *range(5, 5 + length)] for length in (0, 1, 2, 3, 5, 7, 9, 11, 14, 15, 16, 25, 31, 40)]
+
+    def tell(prompts, seeds):
+        steps = generate_tokens(model, prompts, seeds, NEVER, 1500, FREE)
+        return [(told.index, told.new, told.log_probability) for running in steps for told in running if told.done]
+
+    together = sorted(tell(prompts, range(14)))
+    assert sorted((i, *tell([prompts[i]], [i])[0][1:]) for i in range(14)) == together
+    monkeypatch.setattr(generate, "MAX_ROWS", 3)
+    assert sorted(tell(prompts, range(14))) == together
 
 
 def test_a_repetition_penalty_acts_on_prompt_and_story_but_never_on_the_end(model, monkeypatch):
@@ -271,7 +288,16 @@ def test_packed_weights_give_the_models_logits(compute, tolerance):
 
 
 def test_packing_works_without_the_private_operators(model, monkeypatch):
-    monkeypatch.setattr(hardware, "can_prepack", lambda: False)
+    def refuse(weight):
+        if weight.dtype in refused:
+            raise RuntimeError("mkldnn_linear: bf16 path needs the cpu support avx512bw, avx512vl and avx512dq")
+        return original(weight)
+
+    original, refused = hardware.prepack, {torch.bfloat16}
+    monkeypatch.setattr(hardware, "can_prepack", hardware.can_prepack.__wrapped__)  # without what it remembers
+    monkeypatch.setattr(hardware, "prepack", refuse)
+    assert len(continue_all(pack(copy.deepcopy(model), "bf16"), PROMPTS, [1] * 6, GREEDY)) == 6
+    refused.add(torch.float32)
     unpacked = continue_all(pack(copy.deepcopy(model), "float32"), PROMPTS, [1] * 6, GREEDY)
     assert unpacked == continue_all(model, PROMPTS, [1] * 6, GREEDY)
 
@@ -327,6 +353,19 @@ def test_what_is_done_is_printed_and_recorded_when_it_is_interrupted(model, toke
     assert all(text in out for text in recorded[:4]) and "of 30 stories told" in err
 
 
+def test_stories_are_printed_in_their_order_while_others_are_still_told(model, tokenizer, monkeypatch, capsys):
+    printed = []
+
+    def tell(*args):
+        for index in (1, 0, 3, 2):
+            yield generate.Story(index, f"story {index}", [5], -1.0, True)
+            printed.append(capsys.readouterr().out.split("\n\n")[:-1])
+
+    monkeypatch.setattr(generate, "tell_stories", tell)
+    tell_and_print(model, tokenizer, [""] * 4, GREEDY, range(4), lambda *args: None)
+    assert printed == [[], ["story 0", "story 1"], [], ["story 2", "story 3"]]
+
+
 # The script
 
 @pytest.fixture(scope="module")
@@ -359,7 +398,7 @@ def test_the_script_takes_the_newest_checkpoint_and_says_what_it_is(run_generate
     done = run_generate("--num_samples", "2", "--seed", "5")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Once upon a time there was") == 2
-    assert "step 1,234, epoch 2.50, best validation loss so far 2.750" in done.stderr and "computing in " in done.stderr
+    assert "step 1,234, epoch 2.50, validation loss 2.750" in done.stderr and "computing in " in done.stderr
     assert "above 2.0" in done.stderr and "2 cut after 12 new tokens" in done.stderr
     alone = run_generate("--seed", "6")  # streamed, not batched
     assert alone.stdout.strip() == done.stdout.split("\n\n")[1].strip()
@@ -423,6 +462,20 @@ def test_talking_settings_change_stories_go_on_and_mistakes_are_one_line(run_gen
     assert run_generate("--interactive", input="Tom\n").returncode == 0  # the end of the input ends it
 
 
+def test_a_talk_without_a_story_leaves_no_file(run_generate, folder):
+    assert run_generate("--interactive", "--out", "talk.jsonl", input="/help\n").returncode == 0
+    assert not (folder / "talk.jsonl").exists()
+    assert run_generate("--interactive", "--out", "talk.jsonl", input="Tom\n").returncode == 0
+    assert "Tom" in (folder / "talk.jsonl").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_under_the_output_is_one_line_that_names_it(folder):
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(COMMAND, cwd=folder, stdout=full, stderr=subprocess.PIPE, encoding="utf-8")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: standard output: ")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_in_a_terminal_ctrl_c_stops_the_story_and_not_the_program(folder):
     import pty
@@ -440,6 +493,9 @@ def test_in_a_terminal_ctrl_c_stops_the_story_and_not_the_program(folder):
 
     try:
         read_until(b"> ")
+        process.send_signal(signal.SIGINT)  # nothing is told yet
+        read_until(b"(/quit leaves)\r\n> ")
+        assert b"stopped" not in seen
         os.write(controller, b"Once upon a time\n")
         read_until(b"Once upon a time\r\n")  # the echo
         seen = b""
