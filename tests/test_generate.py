@@ -494,7 +494,7 @@ def test_in_a_terminal_ctrl_c_stops_the_story_and_not_the_program(folder):
     try:
         read_until(b"> ")
         process.send_signal(signal.SIGINT)  # nothing is told yet
-        read_until(b"(/quit leaves)\r\n> ")
+        read_until(b"/quit leaves)\r\n> ")
         assert b"stopped" not in seen
         os.write(controller, b"Once upon a time\n")
         read_until(b"Once upon a time\r\n")  # the echo
