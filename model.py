@@ -118,12 +118,28 @@ class Attention(nn.Module):
 
 
 def flash_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Causal attention by torch's fused kernels.
+    """Causal attention by torch's fused kernels, or on the CPU, where they are slow, by attention_in_blocks().
 
     queries: (batch, n_heads, seq_len, head_dim); keys, values: (batch, n_kv_heads, seq_len, head_dim).
     """
+    if queries.device.type == "cpu":
+        return attention_in_blocks(queries, keys, values)
     return F.scaled_dot_product_attention(queries, keys, values, is_causal=True,
                                           enable_gqa=queries.shape[1] != keys.shape[1])
+
+
+def attention_in_blocks(queries: Tensor, keys: Tensor, values: Tensor, block: int = 128) -> Tensor:
+    """The same by matrix products: each block of queries meets the keys up to its own end, not the whole square."""
+    group, out = queries.shape[1] // keys.shape[1], []
+    keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)  # n_heads of them
+    queries = queries / math.sqrt(queries.shape[3])
+    for rows in queries.split(block, dim=2):  # (batch, n_heads, block, head_dim)
+        start = sum(done.shape[2] for done in out)
+        end = start + rows.shape[2]
+        scores = rows @ keys[:, :, :end].transpose(2, 3)  # (batch, n_heads, block, end)
+        later = torch.full(scores.shape[2:], -math.inf, dtype=scores.dtype, device=scores.device).triu(start + 1)
+        out.append((scores + later).softmax(dim=-1) @ values[:, :, :end])  # (batch, n_heads, block, head_dim)
+    return torch.cat(out, dim=2)
 
 
 def plain_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor | slice | None = None) -> Tensor:

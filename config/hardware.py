@@ -6,10 +6,12 @@ The only file of this room that imports torch; `import config` does not load it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -112,6 +114,18 @@ def memory_is_told() -> Iterator[None]:
         raise UserError(f"out of memory ({one_line(error)}): lower training.batch_size and raise training."
                         "gradient_accumulation_steps by as much, or set training.use_gradient_checkpointing: true, or "
                         "make the model smaller") from None
+
+
+def keep_freed_memory() -> None:
+    """Let glibc, where it is the allocator, keep what is freed for the next step instead of giving it to the system.
+
+    Else every large buffer of every step is zeroed anew, page by page: a third of the time of eager bf16 on a CPU.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            mallopt(-4, 0)  # M_MMAP_MAX: no buffer is a mapping of its own, which would end with it
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def peak_flops(device: torch.device) -> float | None:
