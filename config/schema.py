@@ -57,10 +57,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The loop. One step is batch_size * gradient_accumulation_steps windows of max_seq_len tokens."""
+    """The loop. One step is batch_size * gradient_accumulation_steps windows of max_seq_len tokens: tokens_per_step."""
 
-    batch_size: Positive = 64
-    gradient_accumulation_steps: Positive = 4
+    batch_size: Positive | Literal["auto"] = 64  # windows of a micro-batch; auto: found out, from tokens_per_step
+    gradient_accumulation_steps: Positive | None = 4  # null: what tokens_per_step needs
+    tokens_per_step: Positive | None = None  # null: what the two above make
     num_epochs: Positive = 5
     max_steps: Positive | None = None  # null: as many as num_epochs needs; else stop there
     use_bf16: bool = True  # where the device is faster with it; float32 elsewhere
@@ -156,6 +157,31 @@ class Config:
     sampling: SamplingConfig = SamplingConfig()
     hardware: HardwareConfig = HardwareConfig()
 
+    @property
+    def step_windows(self) -> int:
+        """Of one optimizer step, on all ranks together."""
+        training = self.training
+        if training.batch_size == "auto":
+            return training.tokens_per_step // self.model.max_seq_len
+        return training.batch_size * training.gradient_accumulation_steps
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Windows of a batch without gradients."""
+        size = self.training.batch_size
+        return max(1, 8192 // self.model.max_seq_len) if size == "auto" else size
+
+    def with_batch_size(self, batch_size: int) -> Config:
+        """The same step in micro-batches of so many windows."""
+        training = dataclasses.replace(self.training, batch_size=batch_size,
+                                       gradient_accumulation_steps=self.step_windows // batch_size)
+        return dataclasses.replace(self, training=training)
+
+    def keep_batch_size(self, before: Config) -> Config:
+        """With batch_size auto and the same step, the numbers found before, so that dropout stays the same."""
+        same = self.training.batch_size == "auto" and self.step_windows == before.step_windows
+        return self.with_batch_size(before.training.batch_size) if same else self
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain values only, as a checkpoint stores them; config_from_dict() is the way back."""
         return dataclasses.asdict(self)
@@ -193,6 +219,11 @@ def config_from_dict(values: Any, source: str, overrides: Sequence[str] = ()) ->
         built[name] = build_section(type(sections[name]), name, section_values, source, origins)
     config = Config(**built)
     _check_combinations(config, source)
+    training, window = config.training, config.model.max_seq_len
+    if training.gradient_accumulation_steps is None and training.batch_size != "auto":
+        accumulation = training.tokens_per_step // (training.batch_size * window)
+        training = dataclasses.replace(training, gradient_accumulation_steps=accumulation)
+        config = dataclasses.replace(config, training=training)
     if config.data.max_seq_len is None:
         data = dataclasses.replace(config.data, max_seq_len=config.model.max_seq_len)
         config = dataclasses.replace(config, data=data)
@@ -225,7 +256,9 @@ def _apply_override(values: dict, override: str, origins: dict[str, str]) -> Non
 
 def _check_combinations(config: Config, source: str) -> None:
     """What no single key can show. Each line: the keys, what was found, what must hold, what to do."""
-    m, data, opt, sched = config.model, config.data, config.optimizer, config.scheduler
+    m, data, opt, sched, t = config.model, config.data, config.optimizer, config.scheduler, config.training
+    auto = t.batch_size == "auto"
+    micro_batch, steps = m.max_seq_len * (1 if auto else t.batch_size), t.gradient_accumulation_steps
     rules = [
         (m.d_model % m.n_heads == 0,
          f"model.d_model {m.d_model} is not divisible by model.n_heads {m.n_heads}: "
@@ -245,6 +278,21 @@ def _check_combinations(config: Config, source: str) -> None:
         (sched.lr_decay_iters is None or sched.lr_decay_iters > sched.warmup_steps,
          f"scheduler.lr_decay_iters {sched.lr_decay_iters} is not above scheduler.warmup_steps {sched.warmup_steps}: "
          "make it larger, or null for the real number of steps"),
+    ]
+    rules += [
+        (t.tokens_per_step is not None or not (auto or steps is None),
+         f"training.{'batch_size auto' if auto else 'gradient_accumulation_steps null'} is worked out from training."
+         f"tokens_per_step: set that, such as {128 * micro_batch if auto else 4 * micro_batch}"),
+        (steps is None or not auto,
+         f"training.gradient_accumulation_steps {steps} with batch_size auto: it follows from the batch size that is "
+         "found, so make it null"),
+        ((t.tokens_per_step or micro_batch) % micro_batch == 0,
+         f"training.tokens_per_step {t.tokens_per_step} is not a multiple of {micro_batch}, "
+         + ("model.max_seq_len" if auto else f"training.batch_size {t.batch_size} windows of {m.max_seq_len}")
+         + f": it could be {-(-(t.tokens_per_step or 0) // micro_batch) * micro_batch}"),
+        (None in (t.tokens_per_step, steps) or t.tokens_per_step == micro_batch * (steps or 0),
+         f"training.tokens_per_step {t.tokens_per_step} is not batch_size {t.batch_size} * gradient_accumulation_steps "
+         f"{steps} * max_seq_len {m.max_seq_len}, {micro_batch * (steps or 0)}: make gradient_accumulation_steps null"),
     ]
     for holds, message in rules:
         if not holds:

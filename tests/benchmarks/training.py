@@ -35,13 +35,13 @@ from torch import Tensor, nn  # noqa: E402
 
 import train  # noqa: E402
 from config import Config, load_config  # noqa: E402
-from config.hardware import choose_device, peak_flops  # noqa: E402
+from config.hardware import choose_device, keep_freed_memory, peak_flops  # noqa: E402
 from data.tokens import TokenFile  # noqa: E402
 from model import Transformer, count_parameters, flops_per_token  # noqa: E402
 
 CONFIGS = ["quickstart", "tinystories_cpu", "train_config_tinystories_33M_TOP10K"]
 WAYS = ["eager float32", "eager bf16", "compiled float32", "compiled bf16"]
-CPU_TOKENS = 4096  # of a micro-batch on the CPU, if the config's has more
+CPU_TOKENS = 2048  # of a micro-batch on the CPU, if the config's has more
 # a profiler's name -> group; the first that matches counts, the rest is "norms, elementwise"
 GROUPS = {
     "attention": r"attention|flash|fmha|sdpa|sdp_",
@@ -92,19 +92,21 @@ def wait(device: torch.device) -> None:
 
 
 def seconds_of(step: Callable[[], None], device: torch.device, at_least: float) -> float:
-    """Seconds a step, over as many as take at_least."""
-    count, start = 0, time.perf_counter()
-    while not count or time.perf_counter() - start < at_least:
+    """Seconds a step, over as many as take at_least; below 0: of the processor's time, for a machine that is shared."""
+    clock = time.process_time if at_least < 0 else time.perf_counter
+    count, start = 0, clock()
+    while not count or clock() - start < abs(at_least):
         step()
         count += 1
         if count % 8 == 0:
             wait(device)
     wait(device)
-    return (time.perf_counter() - start) / count
+    return (clock() - start) / count
 
 
 def measure_first(config: Config, way: str, device: torch.device) -> tuple[float, float]:
     """In a process of its own: seconds to the end of the first step, and the MiB that training adds at its peak."""
+    keep_freed_memory()
     start, before = time.perf_counter(), resident()
     step, _ = make_step(config, way, device)
     step()
@@ -155,8 +157,8 @@ def measure_speed(name: str, config: Config, ways: list[str], args: argparse.Nam
         first, memory = firsts.get(way, (float("nan"), float("nan")))
         ratios = [f"{rate / rates[other]:.2f}" if other in rates else "" for other in
                   ("transformers eager float32", "transformers compiled bf16")] if args.against else []
-        print(f"| {' | '.join([name, way, f'{rate:,.0f}', f'{rate * flops / peak:.1%}', f'{first:.1f}', f'{memory:,.0f}', *ratios])} |",
-              flush=True)
+        cells = [name, way, f"{rate:,.0f}", f"{rate * flops / peak:.1%}", f"{first:.1f}", f"{memory:,.0f}", *ratios]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 # By operation
@@ -255,8 +257,8 @@ def outside(name: str, overrides: list[str], args: argparse.Namespace) -> None:
         with contextlib.redirect_stdout(sys.stderr):
             train.start_run(config, None, None)
     spent["the steps themselves"] = 2 * spent["whole"] - sum(spent.values())
-    print(f"\n{name}, {' '.join(overrides)}: {spent['whole']:.1f} s of training\n\n| part | seconds | share | share without compiling |")
-    print("|---|---|---|---|")
+    print(f"\n{name}, {' '.join(overrides)}: {spent['whole']:.1f} s of training\n\n"
+          "| part | seconds | share | share without compiling |\n|---|---|---|---|")
     steady = spent["whole"] - spent["compiling, plan"]
     for label, seconds in spent.items():
         share = "" if label in ("compiling, plan", "whole") else f"{seconds / steady:.2%}"
@@ -312,15 +314,17 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="a step by operation, in each of --ways")
     parser.add_argument("--outside", action="store_true", help="the shares of a short real run (see --set)")
     parser.add_argument("--everything", action="store_true", help="the table beside transformers, profiles, a real run")
-    parser.add_argument("--batch", type=int, help="windows of a micro-batch (the config's; on a CPU 4,096 tokens)")
+    parser.add_argument("--batch", type=int, help="windows of a micro-batch (the config's; on a CPU 2,048 tokens)")
     parser.add_argument("--accumulate", type=int, help="micro-batches of a step (the config's; on a CPU 1)")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0, help="at the least for each repeat (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="at the least for each repeat (%(default)s); below "
+                        "0: of the processor's time, which with OMP_NUM_THREADS=1 other programs hardly change")
     parser.add_argument("--no_first", action="store_true", help="leave out the first step and the memory")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     args = parser.parse_args()
     device = choose_device(args.device)
+    keep_freed_memory()  # as train.py does: transformers' steps gain by it too
     products, bandwidth = measure_machine(device)
     peak = peak_flops(device) or products["bf16"]
     print(f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else device}, {torch.get_num_threads()} "
@@ -331,7 +335,8 @@ def main() -> None:
         args.against = "transformers"
     ways = [*args.ways, *(f"transformers {way}" for way in WAYS if way in args.ways and args.against)]
     if not (args.profile or args.outside) or args.everything:
-        print(f"medians of {args.repeats}\n\n| config | way | tokens/s | share of peak | first step, s | peak memory, MiB |"
+        print(f"medians of {args.repeats}\n\n"
+              "| config | way | tokens/s | share of peak | first step, s | peak memory, MiB |"
               + (" times transformers eager float32 | times transformers compiled bf16 |" if args.against else "")
               + "\n|---|---|---|---|---|---|" + "---|---|" * bool(args.against))
         for name in args.configs:
