@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import os
 import re
@@ -31,7 +32,7 @@ sys.path.insert(0, str(REPO))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import nn  # noqa: E402
 
 import train  # noqa: E402
 from config import Config, load_config  # noqa: E402
@@ -42,7 +43,8 @@ from model import Transformer, count_parameters, flops_per_token  # noqa: E402
 CONFIGS = ["quickstart", "tinystories_cpu", "train_config_tinystories_33M_TOP10K"]
 WAYS = ["eager float32", "eager bf16", "compiled float32", "compiled bf16"]
 CPU_TOKENS = 2048  # of a micro-batch on the CPU, if the config's has more
-# a profiler's name -> group; the first that matches counts, the rest is "norms, elementwise"
+OTHERS = "norms, elementwise"
+# a profiler's name -> group; the first that matches counts, the rest is OTHERS
 GROUPS = {
     "attention": r"attention|flash|fmha|sdpa|sdp_",
     "optimizer, clipping": r"adam|foreach|multi_tensor|clip|vector_norm|linalg|lpnorm",
@@ -53,42 +55,31 @@ GROUPS = {
 }
 
 
-class Theirs(nn.Module):
-    """transformers' LlamaForCausalLM with forward(inputs, targets) -> loss. It shifts labels itself."""
-
-    def __init__(self, config: Config) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM
-        super().__init__()
-        m = config.model
-        self.model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=m.vocab_size, hidden_size=m.d_model, intermediate_size=m.d_ffn, num_hidden_layers=m.n_layers,
-            num_attention_heads=m.n_heads, num_key_value_heads=m.kv_heads, max_position_embeddings=m.max_seq_len,
-            tie_word_embeddings=m.tie_embeddings, bos_token_id=0, eos_token_id=0, pad_token_id=0, use_cache=False))
-
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return self.model(input_ids=inputs, labels=inputs).loss
+def make_theirs(config: Config) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+    m = config.model
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=m.vocab_size, hidden_size=m.d_model, intermediate_size=m.d_ffn, num_hidden_layers=m.n_layers,
+        num_attention_heads=m.n_heads, num_key_value_heads=m.kv_heads, max_position_embeddings=m.max_seq_len,
+        tie_word_embeddings=m.tie_embeddings, bos_token_id=0, eos_token_id=0, pad_token_id=0, use_cache=False))
 
 
 def make_step(config: Config, way: str, device: torch.device) -> tuple[Callable[[], None], nn.Module]:
     """One call is one optimizer step, without a wait for the device. `way`: as in WAYS, "transformers" before it."""
-    theirs, compiled, bf16 = "transformers" in way, "compiled" in way, "bf16" in way
     torch.manual_seed(0)
-    model = (Theirs(config) if theirs else Transformer(config.model)).to(device).train()
-    precision = (lambda: torch.autocast(device.type, dtype=torch.bfloat16)) if bf16 else contextlib.nullcontext
+    model = (make_theirs(config) if "transformers" in way else Transformer(config.model)).to(device).train()
+    bf16 = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, 5_000_000).astype(np.uint16)
     run = train.Run(config, None, model, train.make_optimizer(model, config), device, TokenFile(None, tokens, {}, ""),
-                    precision=precision)
-    forward = torch.compile(model, dynamic=False) if compiled else model
+                    precision=bf16 if "bf16" in way else contextlib.nullcontext)
+    compute = torch.compile(model, dynamic=False) if "compiled" in way else model
+    # transformers shifts labels itself
+    forward = (lambda x, y: compute(input_ids=x, labels=x).loss) if "transformers" in way else compute
 
     def step() -> None:
         train.train_step(run, forward, total_steps=10**9)
         run.unread.clear()
     return step, model
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def seconds_of(step: Callable[[], None], device: torch.device, at_least: float) -> float:
@@ -98,9 +89,10 @@ def seconds_of(step: Callable[[], None], device: torch.device, at_least: float) 
     while not count or clock() - start < abs(at_least):
         step()
         count += 1
-        if count % 8 == 0:
-            wait(device)
-    wait(device)
+        if device.type == "cuda" and (count % 8 == 0 or count == 1):  # the host may run ahead, but not for ever
+            torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return (clock() - start) / count
 
 
@@ -109,18 +101,15 @@ def measure_first(config: Config, way: str, device: torch.device) -> tuple[float
     keep_freed_memory()
     start, before = time.perf_counter(), resident()
     step, _ = make_step(config, way, device)
-    step()
-    wait(device)
+    seconds_of(step, device, 0)
     first = time.perf_counter() - start
-    for _ in range(2):
-        step()
-    wait(device)
+    seconds_of(step, device, 0)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident() - before
     return first, peak / 2**20
 
 
 def resident() -> float:
-    """The most memory that this process ever held, bytes; nan where the system has no /proc."""
+    """The most memory that this process ever held, bytes; nan where the system does not tell."""
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8")) if status.exists() else None
     return int(found[1]) * 1024 if found else float("nan")
@@ -150,9 +139,7 @@ def measure_speed(name: str, config: Config, ways: list[str], args: argparse.Nam
     for _ in range(args.repeats):
         for way, step in steps.items():
             times[way].append(seconds_of(step, device, args.seconds))
-    training = config.training
-    step_tokens = training.batch_size * training.gradient_accumulation_steps * config.model.max_seq_len
-    rates = {way: step_tokens / statistics.median(times[way]) for way in ways}
+    rates = {way: config.step_windows * config.model.max_seq_len / statistics.median(times[way]) for way in ways}
     for way, rate in rates.items():
         first, memory = firsts.get(way, (float("nan"), float("nan")))
         ratios = [f"{rate / rates[other]:.2f}" if other in rates else "" for other in
@@ -171,10 +158,8 @@ def should_cost(config: Config, bf16: bool) -> dict[str, tuple[float, float]]:
     m, training, width = config.model, config.training, 2 if bf16 else 4
     d, kv, f, layers, vocab = m.d_model, m.kv_heads * m.head_dim, m.d_ffn, m.n_layers, m.vocab_size
     products = [(d, d), (d, kv), (d, kv), (d, d), (d, f), (d, f), (f, d)] * layers + [(d, vocab)]
-    weights = sum(a * b for a, b in products)
-    parameters = count_parameters(Transformer(m))
-    micro = training.batch_size * m.max_seq_len
-    step = micro * training.gradient_accumulation_steps
+    weights, parameters = sum(a * b for a, b in products), count_parameters(Transformer(m))
+    micro, step = training.batch_size * m.max_seq_len, config.step_windows * m.max_seq_len  # tokens
     residual = 2 * layers + 1  # norms; before each but the last one a branch was added
     return {
         # forward: input, output; backward: output's gradient twice, input again, input's gradient; and the weights
@@ -182,7 +167,7 @@ def should_cost(config: Config, bf16: bool) -> dict[str, tuple[float, float]]:
         # forward: q, k, v, output; backward: these, the output's gradient and three gradients
         "attention": (6 * layers * d * m.max_seq_len, layers * width * (6 * d + 6 * kv)),
         # norm: 4 x float32 stream, 2 x its output; rotation: q, k read and written, twice; SwiGLU: 8 times its width
-        "norms, elementwise": (0, residual * d * (4 * 4 + 2 * width) + layers * width * (4 * (d + kv) + 8 * f)),
+        OTHERS: (0, residual * d * (4 * 4 + 2 * width) + layers * width * (4 * (d + kv) + 8 * f)),
         "loss": (0, 3 * width * vocab),  # logits read, and read again and replaced by their gradient
         "optimizer, clipping": (0, 40 * parameters / step),  # weight, two moments, gradient; gradient clipped
         "casts and copies": (0, 6 * parameters / micro if bf16 else 0),
@@ -197,22 +182,18 @@ def profile(name: str, config: Config, way: str, args: argparse.Namespace, peak:
         from torch._inductor import config as inductor
         inductor.cpp.enable_kernel_profile = True
     step, _ = make_step(config, way, device)
-    for _ in range(3):
-        step()
-    wait(device)
-    steps, activities = 3, [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    seconds_of(step, device, 0)
+    seconds_of(step, device, 0)
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
-        for _ in range(steps):
-            step()
-        wait(device)
-    tokens = steps * config.training.batch_size * config.training.gradient_accumulation_steps * config.model.max_seq_len
-    found, names = dict.fromkeys([*GROUPS, "norms, elementwise"], 0.0), {}
+        seconds_of(step, device, 0)
+    tokens = config.step_windows * config.model.max_seq_len
+    found, names = dict.fromkeys([*GROUPS, OTHERS], 0.0), {}
     for event in profiler.key_averages():
         micros = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         if device.type == "cuda" and event.device_type == torch.autograd.DeviceType.CPU:
             continue  # the launch of a kernel, which is an event of its own
-        group = next((group for group, words in GROUPS.items() if re.search(words, event.key, re.IGNORECASE)),
-                     "norms, elementwise")
+        group = next((name for name, words in GROUPS.items() if re.search(words, event.key, re.IGNORECASE)), OTHERS)
         found[group] += micros
         names.setdefault(group, []).append((micros, event.key))
     whole, costs = sum(found.values()), should_cost(config, "bf16" in way)
@@ -267,41 +248,28 @@ def outside(name: str, overrides: list[str], args: argparse.Namespace) -> None:
 
 # The machine
 
-def best_rate(work: Callable[[], object], amount: float, device: torch.device) -> float:
-    """`amount` a second in the best of 5 tries."""
-    work()
-    times = []
-    for _ in range(5):
-        wait(device)
-        start = time.perf_counter()
-        work()
-        wait(device)
-        times.append(time.perf_counter() - start)
-    return amount / min(times)
-
-
 def measure_machine(device: torch.device) -> tuple[dict[str, float], float]:
-    """FLOP/s of a large product in float32 and bf16, and bytes a second of copying."""
+    """FLOP/s of a large product in float32 and bf16, and bytes a second of copying: the best of 5 tries each."""
+    def best(work: Callable[[], object]) -> float:
+        return min(seconds_of(work, device, 0) for _ in range(6))
+
     torch.set_float32_matmul_precision("high")  # as train.py sets it
     size, products = 8192 if device.type == "cuda" else 2048, {}
     for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
         a = torch.randn(size, size, device=device).to(dtype)
-        products[name] = best_rate(lambda a=a: a @ a, 2 * size ** 3, device)
+        products[name] = 2 * size ** 3 / best(lambda a=a: a @ a)
     big = torch.zeros(2**28, dtype=torch.uint8, device=device)
     into = torch.empty_like(big)
-    return products, best_rate(lambda: into.copy_(big), 2 * big.numel(), device)
+    return products, 2 * big.numel() / best(lambda: into.copy_(big))
 
 
 def load(name: str, args: argparse.Namespace, device: torch.device) -> Config:
     config = load_config(REPO / "config" / f"{name}.yaml", args.overrides)
-    training = config.training
+    batch, accumulate = config.training.batch_size, config.training.gradient_accumulation_steps
     if device.type == "cpu":  # as much as a comparison needs: steps of many micro-batches would take minutes
-        batch = min(training.batch_size, max(1, CPU_TOKENS // config.model.max_seq_len))
-        training = dataclasses.replace(training, batch_size=batch, gradient_accumulation_steps=1)
-    if args.batch:
-        training = dataclasses.replace(training, batch_size=args.batch)
-    if args.accumulate:
-        training = dataclasses.replace(training, gradient_accumulation_steps=args.accumulate)
+        batch, accumulate = min(batch, max(1, CPU_TOKENS // config.model.max_seq_len)), 1
+    training = dataclasses.replace(config.training, batch_size=args.batch or batch,
+                                   gradient_accumulation_steps=args.accumulate or accumulate, tokens_per_step=None)
     model = dataclasses.replace(config.model, dropout=0.0) if args.against else config.model
     return dataclasses.replace(config, training=training, model=model)
 
@@ -313,7 +281,7 @@ def main() -> None:
     parser.add_argument("--against", choices=["transformers"], help="as it comes, and under bf16 and compile")
     parser.add_argument("--profile", action="store_true", help="a step by operation, in each of --ways")
     parser.add_argument("--outside", action="store_true", help="the shares of a short real run (see --set)")
-    parser.add_argument("--everything", action="store_true", help="the table beside transformers, profiles, a real run")
+    parser.add_argument("--everything", action="store_true", help="all of these")
     parser.add_argument("--batch", type=int, help="windows of a micro-batch (the config's; on a CPU 2,048 tokens)")
     parser.add_argument("--accumulate", type=int, help="micro-batches of a step (the config's; on a CPU 1)")
     parser.add_argument("--repeats", type=int, default=5)
