@@ -286,6 +286,8 @@ def estimate_memory(model: Transformer, batch_size: int, bf16: bool) -> float:
     """Roughly the bytes that training holds: weights, gradients, two Adam moments, and a micro-batch's activations."""
     m, width = model.config, 2 if bf16 else 4
     kept_by_layer = m.d_model * (8 * width + 18) + m.d_ffn * 4 * width  # per token
+    if model.output.weight.device.type == "cpu":
+        kept_by_layer += m.n_heads * m.max_seq_len * width / 2  # the shares of attention, of which half are 0
     if model.gradient_checkpointing:
         layers = m.n_layers * 4 * m.d_model + kept_by_layer
     else:
