@@ -30,7 +30,7 @@ from config.values import one_line
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12,
               "RTX 3090": 71e12}
 OUT_OF_MEMORY = re.compile("out of memory|allocate memory|bad_alloc|Storage size calculation overflowed")
-CPU_BATCH_TOKENS = 4096  # of a micro-batch: the fastest on a CPU
+CPU_BATCH_TOKENS = 4096  # of a micro-batch: enough for a CPU to be busy
 COMPILE_PAYS = 1e14  # FLOP of a run on the CPU from which compiling (tens of seconds) is worth its time
 
 
