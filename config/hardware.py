@@ -111,7 +111,7 @@ def choose_batch_size(config: Config, model: nn.Module, device: torch.device, ra
                       try_it: Callable[[int], object], estimate: Callable[[int], float]) -> Config:
     """The config with a number for batch_size auto: the most windows that divide the step and fit, tried out.
 
-    On a CPU, which more than CPU_BATCH_TOKENS do not speed up, that many at the most. try_it: a forward and backward
+    On a CPU, where a larger one gains little, CPU_BATCH_TOKENS at the most. try_it: a forward and backward
     pass of so many windows, on every rank at once; estimate: the bytes they take. Raises UserError.
     """
     if config.training.batch_size != "auto":
