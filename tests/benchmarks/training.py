@@ -46,7 +46,7 @@ CPU_TOKENS = 2048  # of a micro-batch on the CPU, if the config's has more
 OTHERS = "norms, elementwise"
 # a profiler's name -> group; the first that matches counts, the rest is OTHERS
 GROUPS = {
-    "attention": r"attention|flash|fmha|sdpa|sdp_",
+    "attention": r"attention|flash|fmha|sdpa|sdp_|::_softmax|bmm",
     "optimizer, clipping": r"adam|foreach|multi_tensor|clip|vector_norm|linalg|lpnorm",
     "loss": r"softmax|nll|cross_entropy",
     "matrix products": r"mm|matmul|linear|gemm|nvjet|cutlass|xmma|convolution",
