@@ -90,7 +90,7 @@ def evaluate(model: Transformer, validation: TokenFile, tokenizer: Tokenizer, co
     Returns val_loss (nats per token), perplexity, bits_per_byte (of the text: the separators' bits count, but they
     have no bytes), article_loss (nats per token whose truth is an article), other_loss, val_tokens.
     """
-    seq_len, batch_size = config.model.max_seq_len, config.training.batch_size
+    seq_len, batch_size = config.model.max_seq_len, config.evaluation_batch
     windows = validation_windows(len(validation.tokens), seq_len, limit)[ranks.rank::ranks.count]
     byte_lengths = torch.from_numpy(token_byte_lengths(tokenizer)).to(device)  # (tokenizer's size,)
     is_article = torch.from_numpy(article_mask(tokenizer)).to(device)  # (tokenizer's size,)
@@ -196,7 +196,7 @@ def evaluate_checkpoint(config: Config, checkpoint_path: Path, data: str | None 
     train_file = prepare_tokens(config.data, tokenizer, "train", progress) if data is None else None
     precision, _ = choose_precision(device, config.training.use_bf16)
     likelihood = measure_likelihood(model, validation.tokens, tokenizer, config.model.max_seq_len,
-                                    config.training.batch_size, device, precision, progress)
+                                    config.evaluation_batch, device, precision, progress)
     if likelihood["bytes"] != validation.counts["bytes"]:  # a tokenizer of another make that changes what it reads
         print(f"warning: {validation.path.name}: its tokens spell {likelihood['bytes']:,} bytes, the text has "
               f"{validation.counts['bytes']:,}: bits per byte are of the former")

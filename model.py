@@ -128,11 +128,16 @@ class Attention(nn.Module):
         return self.wo(out.transpose(1, 2).reshape(x.shape))  # (batch, seq_len, d_model)
 
 
-def flash_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def flash_attention(queries: Tensor, keys: Tensor, values: Tensor, block: int = 128) -> Tensor:
     """Causal attention by torch's fused kernels.
 
-    queries: (batch, n_heads, seq_len, head_dim); keys, values: (batch, n_kv_heads, seq_len, head_dim).
+    queries: (batch, n_heads, seq_len, head_dim); keys, values: (batch, n_kv_heads, seq_len, head_dim). On the CPU those
+    kernels are slow: there each block of queries meets the keys up to its own end by matrix products.
     """
+    if queries.device.type == "cpu":
+        ends = range(block, queries.shape[2] + block, block)
+        return torch.cat([plain_attention(rows, keys[:, :, :end], values[:, :, :end])
+                          for rows, end in zip(queries.split(block, dim=2), ends, strict=True)], dim=2)
     return F.scaled_dot_product_attention(queries, keys, values, is_causal=True,
                                           enable_gqa=queries.shape[1] != keys.shape[1])
 
@@ -147,12 +152,16 @@ def plain_attention(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tenso
     batch, heads, seq_len, head_dim = queries.shape
     # heads that share keys and values become more queries of one head: (batch, n_kv_heads, group * seq_len, head_dim)
     grouped = (queries / math.sqrt(head_dim)).reshape(batch, keys.shape[1], -1, head_dim).type_as(keys)
-    scores = (keys @ grouped.transpose(2, 3)).transpose(2, 3)  # (batch, n_kv_heads, group * seq_len, all_len)
-    if hidden is None and seq_len > 1:
-        hidden = torch.full((seq_len, keys.shape[2]), -math.inf, device=keys.device).triu(keys.shape[2] - seq_len + 1)
+    if seq_len == 1:  # on a CPU this order is the faster one then
+        scores = (keys @ grouped.transpose(2, 3)).transpose(2, 3)  # (batch, n_kv_heads, group, all_len)
+    else:
+        scores = grouped @ keys.transpose(2, 3)  # (batch, n_kv_heads, group * seq_len, all_len)
+        if hidden is None:
+            hidden = torch.full((seq_len, keys.shape[2]), -math.inf, dtype=scores.dtype, device=keys.device)
+            hidden = hidden.triu(keys.shape[2] - seq_len + 1)
     if hidden is not None:
         scores = (scores.reshape(batch, heads, seq_len, -1) + hidden).view(scores.shape)
-    shares = scores.float().softmax(dim=-1).type_as(values)
+    shares = scores.softmax(dim=-1).type_as(values)
     return (shares @ values).view(queries.shape).type_as(queries)
 
 
@@ -280,6 +289,8 @@ def estimate_memory(model: Transformer, batch_size: int, bf16: bool) -> float:
     """Roughly the bytes that training holds: weights, gradients, two Adam moments, and a micro-batch's activations."""
     m, width = model.config, 2 if bf16 else 4
     kept_by_layer = m.d_model * (8 * width + 18) + m.d_ffn * 4 * width  # per token
+    if model.output.weight.device.type == "cpu":
+        kept_by_layer += m.n_heads * m.max_seq_len * width / 2  # the shares of attention, of which half are 0
     if model.gradient_checkpointing:
         layers = m.n_layers * 4 * m.d_model + kept_by_layer
     else:

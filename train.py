@@ -52,7 +52,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config.hardware import choose_compile, choose_device, choose_precision, memory_is_told, peak_flops
+from config import hardware
 from config.ranks import ALONE, Ranks, join_ranks
 from config.schedule import learning_rate, schedule_notes
 from data.checkpoints import BEST, CARRIED, LATEST, RunFolder, check_resumable, hold_folder, load_checkpoint
@@ -126,11 +126,6 @@ class Run:
         return count_windows(len(self.train_file.tokens), self.config.model.max_seq_len)
 
     @property
-    def step_windows(self) -> int:
-        """Of one step, on all ranks together."""
-        return self.config.training.batch_size * self.config.training.gradient_accumulation_steps
-
-    @property
     def epoch(self) -> float:
         """Passes over the training split so far; 1.0 is one."""
         return self.position / self.num_windows
@@ -173,7 +168,7 @@ def train_step(run: Run, forward: Callable, total_steps: int) -> None:
     rate = learning_rate(run.iter_num + 1, config.optimizer.learning_rate, total_steps, config.scheduler)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    starts = range(run.position, run.position + run.step_windows, training.batch_size)[ranks.rank::ranks.count]
+    starts = range(run.position, run.position + run.config.step_windows, training.batch_size)[ranks.rank::ranks.count]
     loss = accumulate_gradients(forward, run.precision, [micro_batch(run, start)[1] for start in starts],
                                 [dropout_seed(training.seed, start) for start in starts])
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.optimizer.max_grad_norm)
@@ -185,7 +180,7 @@ def train_step(run: Run, forward: Callable, total_steps: int) -> None:
     run.optimizer.zero_grad(set_to_none=True)
     run.iter_num += 1
     run.unread.append((run.iter_num, run.position, loss, norm))
-    run.position += run.step_windows
+    run.position += run.config.step_windows
 
 
 def micro_batch(run: Run, start: int) -> tuple[np.ndarray, tuple[Tensor, Tensor]]:
@@ -219,7 +214,7 @@ def find_fault(run: Run, position: int) -> str:
     """
     training = run.config.training
     with find_non_finite(run.model) as faults:
-        for start in range(position, position + run.step_windows, training.batch_size):
+        for start in range(position, position + run.config.step_windows, training.batch_size):
             windows, (inputs, targets) = micro_batch(run, start)
             torch.manual_seed(dropout_seed(training.seed, start))
             with run.precision():
@@ -264,12 +259,12 @@ def log_steps(run: Run, bar: tqdm) -> None:
             run.folder.record({"type": "spike", "step": step, "gradient_norm": norm, "median": median})
         run.norms = [*run.norms[-99:], norm]
     loss = statistics.fmean(loss for _, loss, _ in run.unlogged)
-    speed = steps * run.step_windows * run.config.model.max_seq_len / seconds
+    speed = steps * run.config.step_windows * run.config.model.max_seq_len / seconds
     entry = {"type": "step", "step": run.iter_num, "epoch": run.epoch, "loss": loss, "gradient_norm": run.norms[-1],
              "learning_rate": run.optimizer.param_groups[0]["lr"], "tokens_per_second": speed}
     run.unlogged.clear()
     shown = {"loss": f"{loss:.3f}", "lr": f"{entry['learning_rate']:.1e}", "tok/s": f"{speed:,.0f}"}
-    if peak := peak_flops(run.device):
+    if peak := hardware.peak_flops(run.device):
         entry["peak_share"] = speed * flops_per_token(run.model) / peak / run.ranks.count
         shown["peak"] = f"{entry['peak_share']:.0%}"
     run.folder.record(entry)
@@ -330,26 +325,34 @@ def train(run: Run, validation: TokenFile, total_steps: int) -> int:
 
 
 def prepare_device(run: Run, total_steps: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Choose precision and compilation, and print the plan. Returns the forward to train with."""
-    training, m, windows = run.config.training, run.config.model, run.step_windows
-    run.precision, precision_note = choose_precision(run.device, training.use_bf16, run.ranks)
+    """Choose precision, batch size and compilation, and print the plan. Returns the forward to train with."""
+    hardware.keep_freed_memory()
+    run.precision, precision_note = hardware.choose_precision(run.device, run.config.training.use_bf16, run.ranks)
+    bf16 = run.precision is not contextlib.nullcontext
+    run.config = hardware.choose_batch_size(run.config, run.model, run.device, run.ranks, lambda size: try_batch(
+        run, run.model, size), lambda size: estimate_memory(run.model, size, bf16))
+    training, m, windows = run.config.training, run.config.model, run.config.step_windows
     flops, remaining = flops_per_token(run.model), total_steps - run.iter_num
-    memory = estimate_memory(run.model, training.batch_size, run.precision is not contextlib.nullcontext)
     plan = [f"{count_parameters(run.model):,} parameters, {flops / 1e6:.1f} MFLOP per training token, about "
-            f"{memory / 2**30:.1f} GiB of memory", f"{windows * m.max_seq_len:,} tokens a step ({training.batch_size} "
-            f"windows of {m.max_seq_len} x {training.gradient_accumulation_steps}), {run.num_windows / windows:,.1f} "
-            f"steps an epoch, {total_steps:,} steps in all ({total_steps * windows / run.num_windows:.2f} epochs)"]
+            f"{estimate_memory(run.model, training.batch_size, bf16) / 2**30:.1f} GiB of memory",
+            f"{windows * m.max_seq_len:,} tokens a step ({training.batch_size} windows of {m.max_seq_len} x "
+            f"{training.gradient_accumulation_steps}), {run.num_windows / windows:,.1f} steps an epoch, "
+            f"{total_steps:,} steps in all ({total_steps * windows / run.num_windows:.2f} epochs)"]
     notes = schedule_notes(run.config, total_steps, run.iter_num, run.optimizer.param_groups[0]["lr"])
     print(*(f"plan: {line}" for line in plan), *(f"note: {note}" for note in notes), sep="\n")
-    # two tensors: torch.compile would make a special case of targets that are the inputs, and compile again afterwards
-    example = tuple(torch.zeros(training.batch_size, m.max_seq_len, dtype=int, device=run.device) for _ in range(2))
-    forward, compile_note = choose_compile(
-        run.model, lambda compiled: accumulate_gradients(compiled, run.precision, [example]), run.device,
-        training.use_compile, remaining * windows * m.max_seq_len * flops / run.ranks.count)
+    forward, compile_note = hardware.choose_compile(
+        run.model, lambda compiled: try_batch(run, compiled, training.batch_size), run.device, training.use_compile,
+        remaining * windows * m.max_seq_len * flops / run.ranks.count)
     plan.append(f"{run.device.type} x {run.ranks.count}, {precision_note}, {compile_note}")
     print(f"plan: {plan[-1]}")
     run.folder.record({"type": "plan", "step": run.iter_num, "plan": plan + notes, "config": run.config.to_dict()})
     return run.ranks.parallel(forward, run.device)
+
+
+def try_batch(run: Run, forward: Callable, batch_size: int) -> None:
+    """A forward and backward pass of the real shape, of two tensors: torch.compile makes a special case of one."""
+    example = tuple(torch.zeros(batch_size, run.config.model.max_seq_len, dtype=int).to(run.device) for _ in range(2))
+    accumulate_gradients(forward, run.precision, [example])
 
 
 def prepare_run(config: Config, checkpoint: dict[str, Any] | None, source: Path | None, device: torch.device,
@@ -380,20 +383,18 @@ def prepare_run(config: Config, checkpoint: dict[str, Any] | None, source: Path 
 
 def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | None, resume: bool = False) -> int:
     """From a config to a trained model, and a story. Returns the exit status; with `resume`, being over is no error."""
-    device, training = choose_device(config.hardware.device), config.training
+    device, training = hardware.choose_device(config.hardware.device), config.training
     checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
     if checkpoint:  # before any work is done
+        config = config.keep_batch_size(config_from_dict(checkpoint["config"], str(checkpoint_path)))
         check_resumable(checkpoint, checkpoint_path, config)
     with join_ranks(device) as ranks, hold_folder(Path(training.output_dir).expanduser(), ranks.first) as folder:
-        if training.gradient_accumulation_steps % ranks.count:
-            raise UserError(f"training.gradient_accumulation_steps {training.gradient_accumulation_steps} cannot be "
-                            f"shared out to {ranks.count} processes: make it a multiple of that, and batch_size so much"
-                            " smaller that their product, the windows of a step, stays what it is")
+        ranks.check_shares(config)
         if not ranks.first:
-            config = replace(config, training=replace(training, show_progress=False))
+            config = replace(config, training=replace(config.training, show_progress=False))
         run, validation = prepare_run(config, checkpoint, checkpoint_path, device, folder, ranks)
         remaining = training.num_epochs * run.num_windows - run.position
-        total_steps = training.max_steps or run.iter_num + max(0, math.ceil(remaining / run.step_windows))
+        total_steps = training.max_steps or run.iter_num + max(0, math.ceil(remaining / run.config.step_windows))
         if run.iter_num and is_over(run, total_steps) and run.completed == run.iter_num:
             message = (f"{checkpoint_path}: has done its {run.iter_num:,} steps already: raise "
                        f"{longer_by(run, total_steps)} to go on, or tell stories with generate.py")
@@ -442,7 +443,7 @@ def main() -> int:
     elif args.resume:
         print(f"resume: no {LATEST} in {folder} yet: a new run")
     sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
-    with memory_is_told():
+    with hardware.memory_is_told():
         return start_run(config, args.config, checkpoint, args.resume)
 
 

@@ -120,7 +120,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def check_first(parse_arguments: Callable[[], object]) -> None:
-    """Exit with one line if a script's command line or YAML is wrong; to be called before it imports torch.
+    """Exit with one line if a script's command line or YAML is wrong, set OpenMP up; call it before torch is imported.
 
     That takes seconds. Until run_script() takes over, Ctrl-C and SIGTERM end the program at once: an import that is
     cut short leaves nothing to tidy, and may turn an exception into another one.
@@ -131,6 +131,8 @@ def check_first(parse_arguments: Callable[[], object]) -> None:
     _allow_any_text()
     with one_line_errors():
         parse_arguments()
+    # threads that wait give their core away: else one busy neighbour makes torch on the CPU many times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _leave(number: int, frame: Any) -> None:

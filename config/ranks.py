@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from config.cli import UserError
+from config.schema import Config
 from config.values import one_line
 
 PATIENCE = datetime.timedelta(hours=1)  # that ranks wait for one another: the first may be writing token files
@@ -67,6 +68,17 @@ class Ranks:
         other = next((rank for rank, theirs in enumerate(all_ranks) if not torch.equal(theirs, all_ranks[0])), None)
         if other is not None:
             raise UserError(f"rank {other} has other {what} than rank 0: give all machines the same files")
+
+    def check_shares(self, config: Config) -> None:
+        """Raise UserError if a step's micro-batches, or with batch_size auto its windows, do not go round."""
+        steps = config.training.gradient_accumulation_steps
+        if (steps or config.step_windows) % self.count:
+            raise UserError(
+                (f"training.gradient_accumulation_steps {steps}" if steps else
+                 f"training.tokens_per_step {config.training.tokens_per_step}, {config.step_windows} windows,")
+                + f" cannot be shared out to {self.count} processes: make it a multiple of that"
+                + (", and batch_size so much smaller that their product, the windows of a step, stays what it is"
+                   if steps else " in windows"))
 
     @contextlib.contextmanager
     def first_goes_ahead(self) -> Iterator[None]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from config.cli import REPO, UserError
+from config.combinations import check_combinations
 from config.values import Bounds, build_section, one_line, parse_yaml, show, unknown
 
 Positive = Annotated[int, Bounds(1)]
@@ -57,10 +57,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The loop. One step is batch_size * gradient_accumulation_steps windows of max_seq_len tokens."""
+    """The loop. One step is batch_size * gradient_accumulation_steps windows of max_seq_len tokens: tokens_per_step."""
 
-    batch_size: Positive = 64
-    gradient_accumulation_steps: Positive = 4
+    batch_size: Positive | Literal["auto"] = 64  # windows of a micro-batch; auto: found out, from tokens_per_step
+    gradient_accumulation_steps: Positive | None = 4  # null: what tokens_per_step needs
+    tokens_per_step: Positive | None = None  # null: what the two above make
     num_epochs: Positive = 5
     max_steps: Positive | None = None  # null: as many as num_epochs needs; else stop there
     use_bf16: bool = True  # where the device is faster with it; float32 elsewhere
@@ -156,6 +157,31 @@ class Config:
     sampling: SamplingConfig = SamplingConfig()
     hardware: HardwareConfig = HardwareConfig()
 
+    @property
+    def step_windows(self) -> int:
+        """Of one optimizer step, on all ranks together."""
+        training = self.training
+        if training.batch_size == "auto":
+            return training.tokens_per_step // self.model.max_seq_len
+        return training.batch_size * training.gradient_accumulation_steps
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Windows of a batch without gradients."""
+        size = self.training.batch_size
+        return max(1, 8192 // self.model.max_seq_len) if size == "auto" else size
+
+    def with_batch_size(self, batch_size: int) -> Config:
+        """The same step in micro-batches of so many windows."""
+        training = dataclasses.replace(self.training, batch_size=batch_size,
+                                       gradient_accumulation_steps=self.step_windows // batch_size)
+        return dataclasses.replace(self, training=training)
+
+    def keep_batch_size(self, before: Config) -> Config:
+        """With batch_size auto and the same step, the numbers found before, so that dropout stays the same."""
+        same = self.training.batch_size == "auto" and self.step_windows == before.step_windows
+        return self.with_batch_size(before.training.batch_size) if same else self
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain values only, as a checkpoint stores them; config_from_dict() is the way back."""
         return dataclasses.asdict(self)
@@ -180,7 +206,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def config_from_dict(values: Any, source: str, overrides: Sequence[str] = ()) -> Config:
     """Check nested plain values, as a YAML file or a checkpoint holds them. `source` names them in errors."""
     config = _build(values, source, overrides)
-    _check_combinations(config, source)
+    check_combinations(config, source)
+    training, window = config.training, config.model.max_seq_len
+    if training.gradient_accumulation_steps is None and training.batch_size != "auto":
+        accumulation = training.tokens_per_step // (training.batch_size * window)
+        training = dataclasses.replace(training, gradient_accumulation_steps=accumulation)
+        config = dataclasses.replace(config, training=training)
     if config.data.max_seq_len is None:
         data = dataclasses.replace(config.data, max_seq_len=config.model.max_seq_len)
         config = dataclasses.replace(config, data=data)
@@ -230,31 +261,3 @@ def _apply_override(values: dict, override: str, origins: dict[str, str]) -> Non
     if isinstance(target, dict):  # if it is not, building the section says what is wrong with it
         target[key] = value
         origins[f"{section}.{key}"] = name
-
-
-def _check_combinations(config: Config, source: str) -> None:
-    """What no single key can show. Each line: the keys, what was found, what must hold, what to do."""
-    m, data, opt, sched = config.model, config.data, config.optimizer, config.scheduler
-    rules = [
-        (m.d_model % m.n_heads == 0,
-         f"model.d_model {m.d_model} is not divisible by model.n_heads {m.n_heads}: "
-         f"d_model could be {math.ceil(m.d_model / m.n_heads) * m.n_heads}"),
-        (m.n_heads % m.kv_heads == 0,
-         f"model.n_heads {m.n_heads} is not divisible by model.n_kv_heads {m.kv_heads}: "
-         f"n_kv_heads can be {', '.join(str(k) for k in range(1, m.n_heads + 1) if m.n_heads % k == 0)}"),
-        (m.rotary_dim % 2 == 0,
-         f"model.rope_percentage {m.rope_percentage:g} of a head of {m.head_dim} dimensions rotates {m.rotary_dim}, an "
-         "odd number: rotation works on pairs, choose a share that gives an even number"),
-        (data.max_seq_len in (None, m.max_seq_len),
-         f"data.max_seq_len {data.max_seq_len} differs from model.max_seq_len {m.max_seq_len}: make them equal, or "
-         "leave data.max_seq_len null"),
-        (sched.min_lr <= opt.learning_rate,
-         f"scheduler.min_lr {sched.min_lr:g} is above optimizer.learning_rate {opt.learning_rate:g}: the rate falls to "
-         "min_lr, so make it the smaller one (a tenth is usual)"),
-        (sched.lr_decay_iters is None or sched.lr_decay_iters > sched.warmup_steps,
-         f"scheduler.lr_decay_iters {sched.lr_decay_iters} is not above scheduler.warmup_steps {sched.warmup_steps}: "
-         "make it larger, or null for the real number of steps"),
-    ]
-    for holds, message in rules:
-        if not holds:
-            raise UserError(f"{source}: {message}")

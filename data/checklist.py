@@ -26,9 +26,8 @@ def check_run(checkpoint: dict[str, Any], config: Config, train_file: TokenFile)
     """What the checkpoint says of its training: finished or not, vocabulary, tokenizer, learning rate, steps."""
     step, training = checkpoint["iter_num"], config.training
     windows = count_windows(len(train_file.tokens), config.model.max_seq_len)
-    step_windows = training.batch_size * training.gradient_accumulation_steps
     remaining = training.num_epochs * windows - checkpoint.get("position", 0)
-    planned = training.max_steps or step + max(0, math.ceil(remaining / step_windows))
+    planned = training.max_steps or step + max(0, math.ceil(remaining / config.step_windows))
     where = f"step {step:,}, epoch {checkpoint['epoch']:.2f}, best validation loss {checkpoint['best_val_loss']:.4f}"
     if checkpoint.get("completed") == step:
         checks = [Check("ok", "checkpoint", f"{where}; its run is finished")]

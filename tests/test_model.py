@@ -7,13 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from config.schema import ModelConfig
-from model import (
-    KVCache,
-    Transformer,
-    count_parameters,
-    estimate_memory,
-    flops_per_token,
-)
+from model import KVCache, Transformer, count_parameters, estimate_memory, flash_attention, flops_per_token
 
 TINY = {"vocab_size": 300, "d_model": 48, "n_layers": 3, "n_heads": 4, "d_ffn": 80, "max_seq_len": 32, "dropout": 0.0}
 
@@ -198,18 +192,30 @@ def test_both_attentions_and_recomputation_give_the_same_gradients():
     torch.testing.assert_close(gradients[2], gradients[0], atol=1e-5, rtol=1e-3)
 
 
-def test_dropout_acts_in_training_only_and_not_on_the_attention_probabilities(monkeypatch):
-    seen = []
-    attention = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention",
-                        lambda *args, **kwargs: seen.append(kwargs.get("dropout_p", 0.0)) or attention(*args, **kwargs))
+def test_dropout_acts_in_training_only_and_not_on_the_attention_probabilities():
     model = make_model(dropout=0.5)
     tokens = random_tokens(model)
     with torch.no_grad():
         assert torch.equal(model(tokens), model(tokens))
         model.train()
         assert not torch.equal(model(tokens), model(tokens))
-    assert seen and not any(seen)
+        x, cos, sin = torch.randn(2, 32, model.config.d_model), model.rope_cos[:32], model.rope_sin[:32]
+        attention = model.layers[0].attention
+        assert attention.training and torch.equal(attention(x, cos, sin), attention(x, cos, sin))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "seq_len"), [(4, 4, 300), (4, 2, 128), (4, 1, 7)])
+def test_attention_on_the_cpu_is_the_fused_kernels(heads, kv_heads, seq_len):
+    """Outputs and gradients, several blocks of queries, the last one short, and shared keys and values."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, n, seq_len, 16, requires_grad=True) for n in (heads, kv_heads, kv_heads)]
+    ours = flash_attention(*inputs)
+    theirs = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+    weights = torch.randn_like(ours)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    for own, other in zip(torch.autograd.grad(ours, inputs, weights), torch.autograd.grad(theirs, inputs, weights),
+                          strict=True):
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-4)
 
 
 def test_too_long_an_input_is_refused():

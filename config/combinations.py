@@ -1,0 +1,56 @@
+"""The checks of a config that concern several keys at once; those of a single key are its type in schema.py."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from config.cli import UserError
+
+if TYPE_CHECKING:
+    from config.schema import Config
+
+
+def check_combinations(config: Config, source: str) -> None:
+    """Raise UserError where keys do not go together: the keys, what was found, what must hold, what to do."""
+    m, data, opt, sched, t = config.model, config.data, config.optimizer, config.scheduler, config.training
+    auto = t.batch_size == "auto"
+    micro_batch, steps = m.max_seq_len * (1 if auto else t.batch_size), t.gradient_accumulation_steps
+    rules = [
+        (m.d_model % m.n_heads == 0,
+         f"model.d_model {m.d_model} is not divisible by model.n_heads {m.n_heads}: "
+         f"d_model could be {math.ceil(m.d_model / m.n_heads) * m.n_heads}"),
+        (m.n_heads % m.kv_heads == 0,
+         f"model.n_heads {m.n_heads} is not divisible by model.n_kv_heads {m.kv_heads}: "
+         f"n_kv_heads can be {', '.join(str(k) for k in range(1, m.n_heads + 1) if m.n_heads % k == 0)}"),
+        (m.rotary_dim % 2 == 0,
+         f"model.rope_percentage {m.rope_percentage:g} of a head of {m.head_dim} dimensions rotates {m.rotary_dim}, an "
+         "odd number: rotation works on pairs, choose a share that gives an even number"),
+        (data.max_seq_len in (None, m.max_seq_len),
+         f"data.max_seq_len {data.max_seq_len} differs from model.max_seq_len {m.max_seq_len}: make them equal, or "
+         "leave data.max_seq_len null"),
+        (sched.min_lr <= opt.learning_rate,
+         f"scheduler.min_lr {sched.min_lr:g} is above optimizer.learning_rate {opt.learning_rate:g}: the rate falls to "
+         "min_lr, so make it the smaller one (a tenth is usual)"),
+        (sched.lr_decay_iters is None or sched.lr_decay_iters > sched.warmup_steps,
+         f"scheduler.lr_decay_iters {sched.lr_decay_iters} is not above scheduler.warmup_steps {sched.warmup_steps}: "
+         "make it larger, or null for the real number of steps"),
+    ]
+    rules += [
+        (t.tokens_per_step is not None or not (auto or steps is None),
+         f"training.{'batch_size auto' if auto else 'gradient_accumulation_steps null'} is worked out from training."
+         f"tokens_per_step: set that, such as {128 * micro_batch if auto else 4 * micro_batch}"),
+        (steps is None or not auto,
+         f"training.gradient_accumulation_steps {steps} with batch_size auto: it follows from the batch size that is "
+         "found, so make it null"),
+        ((t.tokens_per_step or micro_batch) % micro_batch == 0,
+         f"training.tokens_per_step {t.tokens_per_step} is not a multiple of {micro_batch}, "
+         + ("model.max_seq_len" if auto else f"training.batch_size {t.batch_size} windows of {m.max_seq_len}")
+         + f": it could be {-(-(t.tokens_per_step or 0) // micro_batch) * micro_batch}"),
+        (None in (t.tokens_per_step, steps) or t.tokens_per_step == micro_batch * (steps or 0),
+         f"training.tokens_per_step {t.tokens_per_step} is not batch_size {t.batch_size} * gradient_accumulation_steps "
+         f"{steps} * max_seq_len {m.max_seq_len}, {micro_batch * (steps or 0)}: make gradient_accumulation_steps null"),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise UserError(f"{source}: {message}")

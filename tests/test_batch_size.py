@@ -1,0 +1,108 @@
+"""batch_size auto: the step that was asked for, in micro-batches that fit; and it stays so over a restart."""
+
+import pytest
+import torch
+from conftest import REPO
+from torch import nn
+
+from config import UserError, load_config
+from config.hardware import choose_batch_size
+from config.ranks import ALONE, Ranks
+from data.checkpoints import load_checkpoint
+from train import start_run
+
+CPU = torch.device("cpu")
+AUTO = ["training.batch_size=auto", "training.gradient_accumulation_steps=null"]
+
+
+def step_of(num_windows, *more):
+    return [*AUTO, "model.max_seq_len=64", f"training.tokens_per_step={64 * num_windows}", *more]
+
+
+def quickstart(*overrides):
+    return load_config(REPO / "config" / "quickstart.yaml", overrides)
+
+
+@pytest.mark.parametrize(("overrides", "part"), [
+    (AUTO, "batch_size auto is worked out from training.tokens_per_step: set that"),
+    (["training.batch_size=auto", "training.tokens_per_step=2048"], "gradient_accumulation_steps 1 with batch_size"),
+    ([*AUTO, "training.tokens_per_step=1000"], "1000 is not a multiple of 256, model.max_seq_len: it could be 1024"),
+    (["training.gradient_accumulation_steps=null"], "gradient_accumulation_steps null is worked out from training."),
+    (["training.gradient_accumulation_steps=null", "training.tokens_per_step=3000"], "it could be 4096"),
+    (["training.tokens_per_step=4096"], "4096 is not batch_size 8 * gradient_accumulation_steps 1"),
+    (["training.batch_size=many"], "a whole number, at least 1 or auto"),
+])
+def test_a_step_that_does_not_work_out_is_one_line(overrides, part):
+    with pytest.raises(UserError) as caught:
+        quickstart(*overrides)
+    assert part in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_tokens_per_step_says_how_often_to_accumulate():
+    config = quickstart("training.gradient_accumulation_steps=null", "training.tokens_per_step=8192")
+    assert (config.training.gradient_accumulation_steps, config.step_windows) == (4, 32)
+    assert quickstart("training.tokens_per_step=2048").step_windows == 8  # said twice is no error where both agree
+
+
+def found(config, fits, ranks=ALONE, estimate=lambda size: 0.0, message="CUDA out of memory. Tried to allocate 2 GiB"):
+    """The batch size and the sizes that were tried on a device where only `fits` windows fit."""
+    model, tried = nn.Linear(2, 2), []
+
+    def try_it(size):
+        assert model.weight.grad is None  # nothing of the try before is left
+        tried.append(size)
+        model(torch.ones(1, 2)).sum().backward()
+        if size > fits:
+            raise RuntimeError(message)
+
+    config = choose_batch_size(config, model, CPU, ranks, try_it, estimate)
+    assert model.weight.grad is None
+    return config.training.batch_size, config.training.gradient_accumulation_steps, tried
+
+
+def test_the_largest_divisor_of_the_step_that_fits_is_found():
+    assert found(quickstart(*step_of(32)), fits=100) == (32, 1, [32])
+    assert found(quickstart(*step_of(32)), fits=9) == (8, 4, [32, 16, 8])
+    assert found(quickstart(*step_of(30)), fits=9) == (6, 5, [30, 15, 10, 6])
+    assert found(quickstart(*step_of(32)), 100, estimate=lambda size: size * 1e18)[2] == [1]
+    with pytest.raises(UserError, match="not even one window fits"):
+        found(quickstart(*step_of(32)), fits=0)
+    with pytest.raises(RuntimeError, match="another fault"):
+        found(quickstart(*step_of(32)), fits=0, message="another fault")
+    fixed = quickstart("training.batch_size=4")
+    assert choose_batch_size(fixed, None, CPU, ALONE, None, None) is fixed
+
+
+class Pair(Ranks):
+    """Two ranks, of which the other has room for 4 windows only."""
+
+    tried = 0
+
+    def any(self, flag):
+        Pair.tried += 1
+        return flag or Pair.tried in (2, 4)  # for each size: is it too large by the estimate; did it fail (16 and 8 do)
+
+
+def test_all_ranks_take_what_fits_on_each():
+    Pair.tried = 0
+    assert found(quickstart(*step_of(32)), fits=100, ranks=Pair(count=2)) == (4, 8, [16, 8, 4])
+    with pytest.raises(UserError, match="cannot be shared out to 2"):
+        Ranks(count=2).check_shares(quickstart(*step_of(31)))
+
+
+def test_a_resumed_run_keeps_the_batch_size_that_was_found(tiny_config, tmp_path, monkeypatch, capsys):
+    """Bit for bit, dropout included, even where another size would be found now."""
+    settings = step_of(8, "scheduler.lr_decay_iters=6")
+    whole = tiny_config(*settings, "training.max_steps=6", "training.output_dir=whole")
+    half = tiny_config(*settings, "training.max_steps=3", "training.output_dir=half")
+    rest = tiny_config(*settings, "training.max_steps=6", "training.output_dir=half")
+    monkeypatch.setattr("config.hardware.CPU_BATCH_TOKENS", 4 * 64)
+    assert start_run(whole, None, None) == start_run(half, None, None) == 0
+    assert "512 tokens a step (4 windows of 64 x 2)" in capsys.readouterr().out
+    monkeypatch.setattr("config.hardware.CPU_BATCH_TOKENS", 2 * 64)
+    assert start_run(rest, None, tmp_path / "half" / "checkpoint_latest.pth") == 0
+    ours, theirs = (load_checkpoint(tmp_path / name / "checkpoint_latest.pth") for name in ("half", "whole"))
+    assert ours["config"]["training"]["batch_size"] == 4 and ours["iter_num"] == 6
+    for name, tensor in ours["model"].items():
+        assert torch.equal(tensor, theirs["model"][name]), name
+    assert "changed since the checkpoint: training.max_steps 3 -> 6\n" in capsys.readouterr().out
