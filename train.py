@@ -29,6 +29,7 @@ from tqdm import tqdm
 from config import Config, UserError, add_config_arguments, config_from_dict, load_config, run_script
 from config.cli import MAIN_CONFIG, QUICKSTART, Parser, Unfailing, deferred_interrupts
 from config.hardware import choose_compile, choose_device, choose_precision, memory_is_told, peak_flops
+from config.optimizer import make_optimizer
 from config.ranks import ALONE, Ranks, join_ranks
 from config.schedule import learning_rate, schedule_notes
 from data.checkpoints import BEST, CARRIED, LATEST, RunFolder, check_resumable, hold_folder, load_checkpoint
@@ -45,16 +46,6 @@ from evaluate import describe_evaluation, evaluate, evaluate_checkpoint, sample_
 from generate import encode_prompts, tell_stories
 from model import Transformer, count_parameters, estimate_memory, find_non_finite, flops_per_token, load_weights
 from train_custom_tokenizer import ensure_tokenizer
-
-
-def make_optimizer(model: Transformer, config: Config) -> torch.optim.AdamW:
-    """Fused AdamW (torch has it for cuda, mps and cpu). Weight decay acts on matrices only: a norm's gain has none."""
-    opt = config.optimizer
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": opt.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=opt.learning_rate, betas=(opt.adam_beta1, opt.adam_beta2),
-                             eps=opt.adam_epsilon, fused=True)
 
 
 def accumulate_gradients(forward: Callable[[Tensor, Tensor], Tensor], precision: Callable[[], Any],

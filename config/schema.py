@@ -83,6 +83,7 @@ class TrainingConfig:
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter, 2019); weight decay acts on matrices only."""
 
+    type: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices (Jordan et al., 2024), AdamW for the rest
     learning_rate: PositiveReal = 5e-4
     adam_beta1: Beta = 0.9
     adam_beta2: Beta = 0.95
