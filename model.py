@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from config import UserError, config_from_dict
 from config.schema import ModelConfig
 
+SEPARATOR = 0  # <|endoftext|>, the first of the special tokens of data/tokens.py: a story begins with it
+
 
 def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles (Su et al., 2021, eq. 34), float32, each (max_seq_len, rotary_dim / 2).
@@ -106,27 +108,37 @@ class Attention(nn.Module):
         return apply_rope(queries, cos, sin), apply_rope(keys, cos, sin), values
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None,
-                positions: slice | Tensor | None = None) -> Tensor:
+                positions: slice | Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         queries, keys, values = self.project(x, cos, sin)
         if cache is not None:
             keys, values = cache.append(self.layer, positions, keys, values)  # (batch, n_kv_heads, all_len, head_dim)
             out = plain_attention(queries, keys, values, positions)  # (batch, n_heads, seq_len, head_dim)
         else:
             attend = flash_attention if self.config.use_flash_attention else plain_attention
-            out = attend(queries, keys, values)  # (batch, n_heads, seq_len, head_dim)
+            out = attend(queries, keys, values, mask=mask)  # (batch, n_heads, seq_len, head_dim)
         return self.wo(out.transpose(1, 2).reshape(x.shape))  # (batch, seq_len, d_model)
 
 
-def flash_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Causal attention by torch's fused kernels.
+def story_mask(tokens: Tensor) -> Tensor:
+    """True where a position may look: at itself and before, in its own story; bool, (batch, 1, seq_len, seq_len).
+
+    A story begins with SEPARATOR. What a window holds before its first one is the rest of a story, and one too.
+    """
+    story = (tokens == SEPARATOR).cumsum(dim=1)  # (batch, seq_len)
+    return (story[:, None, :, None] == story[:, None, None, :]).tril()
+
+
+def flash_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Causal attention by torch's fused kernels; with a mask, (batch, 1, seq_len, seq_len), what that leaves of it.
 
     queries: (batch, n_heads, seq_len, head_dim); keys, values: (batch, n_kv_heads, seq_len, head_dim).
     """
-    return F.scaled_dot_product_attention(queries, keys, values, is_causal=True,
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None,
                                           enable_gqa=queries.shape[1] != keys.shape[1])
 
 
-def plain_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor | slice | None = None) -> Tensor:
+def plain_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor | slice | None = None,
+                    mask: Tensor | None = None) -> Tensor:
     """The same written out: softmax(Q K^T / sqrt(head_dim)) V (Vaswani et al., 2017, eq. 1).
 
     With keys, values of (batch, n_kv_heads, all_len, head_dim) the queries are the last, or have their own positions,
@@ -137,11 +149,12 @@ def plain_attention(queries: Tensor, keys: Tensor, values: Tensor, positions: Te
     # heads that share keys and values become more queries of one head: (batch, n_kv_heads, group * seq_len, head_dim)
     grouped = (queries / math.sqrt(head_dim)).reshape(batch, keys.shape[1], -1, head_dim).type_as(keys)
     scores = (keys @ grouped.transpose(2, 3)).transpose(2, 3)  # (batch, n_kv_heads, group * seq_len, all_len)
-    if seq_len > 1 or isinstance(positions, Tensor):
+    if mask is None and (seq_len > 1 or isinstance(positions, Tensor)):
         slots = torch.arange(keys.shape[2], device=keys.device)
         own = positions if isinstance(positions, Tensor) else slots[None, -seq_len:]
-        hidden = slots > own[:, None, :, None]  # (batch or 1, 1, seq_len, all_len): what comes after, or is not filled
-        scores = scores.reshape(batch, heads, seq_len, -1).masked_fill(hidden, -math.inf).view(scores.shape)
+        mask = slots <= own[:, None, :, None]  # (batch or 1, 1, seq_len, all_len): nothing later, nothing not filled
+    if mask is not None:
+        scores = scores.reshape(batch, heads, seq_len, -1).masked_fill(~mask, -math.inf).view(scores.shape)
     shares = scores.float().softmax(dim=-1).type_as(values)
     return (shares @ values).view(queries.shape).type_as(queries)
 
@@ -171,8 +184,8 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None,
-                positions: slice | Tensor | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, cache, positions))
+                positions: slice | Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, cache, positions, mask))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))  # (batch, seq_len, d_model)
 
 
@@ -220,12 +233,14 @@ class Transformer(nn.Module):
         cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # (seq_len, rotary_dim / 2)
         if isinstance(positions, Tensor):
             cos, sin = cos[:, None], sin[:, None]  # (batch, 1, seq_len, rotary_dim / 2)
+        # a cache never holds more than one story
+        mask = story_mask(tokens) if self.config.mask_stories and cache is None else None
         x = self.dropout(self.tok_embeddings(tokens))  # (batch, seq_len, d_model)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                x = recompute_in_backward(layer, x, cos, sin, use_reentrant=False)
+                x = recompute_in_backward(layer, x, cos, sin, mask=mask, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, cache, positions)
+                x = layer(x, cos, sin, cache, positions, mask)
         if cache is not None:
             cache.lengths = [length + seq_len for length in cache.lengths]
         return x

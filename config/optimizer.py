@@ -25,28 +25,30 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     groups = [{"params": matrices, "weight_decay": opt.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     settings = {"lr": opt.learning_rate, "betas": (opt.adam_beta1, opt.adam_beta2), "eps": opt.adam_epsilon,
                 "fused": True}
-    return MuonWithAdamW(hidden, groups, **settings) if hidden else torch.optim.AdamW(groups, **settings)
+    share = (opt.muon_learning_rate or opt.learning_rate) / opt.learning_rate
+    return MuonWithAdamW(hidden, share, groups, **settings) if hidden else torch.optim.AdamW(groups, **settings)
 
 
 class MuonWithAdamW(torch.optim.AdamW):
     """Muon (Jordan et al., 2024) for the matrices `hidden`, AdamW for `groups`, as one optimizer.
 
     Muon's step is the momentum made orthogonal, here of the size that AdamW's steps usually have (Liu et al., 2025,
-    section 2.2): so both take one learning rate and one weight decay, those of the first group.
+    section 2.2). Its learning rate is `share` times that of the first group, its weight decay the same.
     """
 
-    def __init__(self, hidden: Sequence[Tensor], groups: list[dict[str, Any]], **settings: Any) -> None:
+    def __init__(self, hidden: Sequence[Tensor], share: float, groups: list[dict[str, Any]], **settings: Any) -> None:
         if not hasattr(torch.optim, "Muon"):
             raise UserError(f"optimizer.type muon: torch {torch.__version__} has no Muon, 2.9 is the first that does: "
                             "set it to adamw")
         super().__init__(groups, **settings)
-        self.hidden, self.found_inf = hidden, None
+        self.hidden, self.share, self.found_inf = hidden, share, None
         self.muon = torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
     def step(self) -> None:
         """One step of both; none at all where found_inf, float32, (), is not 0, without a wait for the device."""
-        self.muon.param_groups[0].update({key: self.param_groups[0][key] for key in ("lr", "weight_decay")})
+        first, own = self.param_groups[0], self.muon.param_groups[0]
+        own["lr"], own["weight_decay"] = self.share * first["lr"], first["weight_decay"]
         before = [matrix.clone() for matrix in self.hidden]
         super().step()
         self.muon.step()

@@ -41,6 +41,7 @@ class ModelConfig:
     rms_norm_eps: PositiveReal = 1e-6
     tie_embeddings: bool = True
     use_flash_attention: bool = True  # false: the plain softmax(QK^T)V, for comparison
+    mask_stories: bool = False  # true: no attention from one story to another
 
     @property
     def head_dim(self) -> int:
@@ -85,6 +86,7 @@ class OptimizerConfig:
 
     type: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices (Jordan et al., 2024), AdamW for the rest
     learning_rate: PositiveReal = 5e-4
+    muon_learning_rate: PositiveReal | None = None  # of Muon's matrices; null: learning_rate
     adam_beta1: Beta = 0.9
     adam_beta2: Beta = 0.95
     adam_epsilon: PositiveReal = 1e-8
@@ -243,6 +245,9 @@ def _check_combinations(config: Config, source: str) -> None:
         (sched.min_lr <= opt.learning_rate,
          f"scheduler.min_lr {sched.min_lr:g} is above optimizer.learning_rate {opt.learning_rate:g}: the rate falls to "
          "min_lr, so make it the smaller one (a tenth is usual)"),
+        (opt.type == "muon" or opt.muon_learning_rate is None,
+         f"optimizer.muon_learning_rate is {opt.muon_learning_rate}, but optimizer.type is adamw: make that muon, or "
+         "this null"),
         (sched.lr_decay_iters is None or sched.lr_decay_iters > sched.warmup_steps,
          f"scheduler.lr_decay_iters {sched.lr_decay_iters} is not above scheduler.warmup_steps {sched.warmup_steps}: "
          "make it larger, or null for the real number of steps"),

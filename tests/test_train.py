@@ -134,7 +134,7 @@ def test_accumulated_gradients_are_those_of_the_big_batch():
 def test_one_step_is_torchs_own_with_clipping(tiny_config, optimizer):
     """Against torch's own, fed by hand: clipped gradient of the whole step's mean loss, rate of step 1."""
     config = tiny_config("model.dropout=0", "optimizer.max_grad_norm=0.1", "optimizer.weight_decay=0.3",
-                         f"optimizer.type={optimizer}")
+                         f"optimizer.type={optimizer}", *["optimizer.muon_learning_rate=1e-3"] * (optimizer == "muon"))
     tokens = np.random.default_rng(1).integers(0, 512, 3000).astype(np.uint16)
     models = []
     for _ in range(2):
@@ -152,7 +152,7 @@ def test_one_step_is_torchs_own_with_clipping(tiny_config, optimizer):
     torch.optim.AdamW([{"params": [p], "weight_decay": decay} for p, decay in zip(rest, decays, strict=True)], lr=rate,
                       betas=(0.9, 0.95)).step()
     if hidden:
-        torch.optim.Muon(hidden, lr=rate, weight_decay=0.3, adjust_lr_fn="match_rms_adamw").step()
+        torch.optim.Muon(hidden, lr=rate / 3, weight_decay=0.3, adjust_lr_fn="match_rms_adamw").step()
     assert norm > 0.1 and run.position == 8 and run.iter_num == 1
     for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)  # of an update of 6e-4
