@@ -23,6 +23,7 @@ from config import UserError, config_from_dict
 from config.schema import ModelConfig
 
 FEWEST_SLOTS = 32  # of a cache that attention looks at: the CPU's products group their sums differently below 16
+SEPARATOR = 0  # <|endoftext|>, the first of the special tokens of data/tokens.py: a story begins with it
 
 
 def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -54,7 +55,6 @@ class KVCache:
 
     Slot i of a row holds its token i. layers: for each layer a key and a value tensor, (max_rows, n_kv_heads, max_len,
     head_dim). lengths: the tokens of each row in use, known without asking the device; the rows after them are free.
-    hidden: see plain_attention(); the slots that no query of this pass sees, or None.
     """
 
     def __init__(self, config: ModelConfig, max_rows: int, max_len: int, device: torch.device,
@@ -62,23 +62,26 @@ class KVCache:
         shape = (max_rows, config.kv_heads, max(max_len, FEWEST_SLOTS), config.head_dim)
         self.layers = [(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
                        for _ in range(config.n_layers)]
-        self.device, self.lengths, self.hidden = device, [0] * max_rows, None
+        self.device, self.lengths = device, [0] * max_rows
 
     @property
     def length(self) -> int:
         return max(self.lengths, default=0)
 
-    def positions(self, seq_len: int) -> slice | Tensor:
-        """Where each row's next tokens go: one slice if that is the same for all, else int64, (rows, seq_len)."""
-        end, self.hidden, equal = self.length + seq_len, None, min(self.lengths) == self.length
+    def positions(self, seq_len: int) -> tuple[slice | Tensor, Tensor | None]:
+        """Where each row's next tokens go, and the mask of plain_attention() if it needs one.
+
+        Where: one slice if that is the same for all, else int64, (rows, seq_len).
+        """
+        end, equal = self.length + seq_len, min(self.lengths) == self.length
         if equal and end >= FEWEST_SLOTS:
-            return slice(self.length, end)  # saves scattering and masks
+            return slice(self.length, end), None  # saves scattering and masks
         starts = torch.tensor(self.lengths[:1] if equal else self.lengths).to(self.device, non_blocking=True)
         positions = starts[:, None] + torch.arange(seq_len, device=self.device)  # (1 or rows, seq_len)
         slots = torch.arange(max(end, FEWEST_SLOTS), device=self.device)
         hidden = slots > positions[:, None, :, None]  # (1 or rows, 1, seq_len, slots): what comes after, or is unfilled
-        self.hidden = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -math.inf)
-        return slice(self.length, end) if equal else positions
+        mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -math.inf)
+        return slice(self.length, end) if equal else positions, mask
 
     def append(self, layer: int, positions: slice | Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (rows, n_kv_heads, seq_len, head_dim) at `positions`; return the slots that any row has filled.
@@ -117,37 +120,49 @@ class Attention(nn.Module):
         return apply_rope(queries, cos, sin), apply_rope(keys, cos, sin), values
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None,
-                positions: slice | Tensor | None = None) -> Tensor:
+                positions: slice | Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         queries, keys, values = self.project(x, cos, sin)
         if cache is not None:
             keys, values = cache.append(self.layer, positions, keys, values)  # (batch, n_kv_heads, all_len, head_dim)
-            out = plain_attention(queries, keys, values, cache.hidden)  # (batch, n_heads, seq_len, head_dim)
-        else:
-            attend = flash_attention if self.config.use_flash_attention else plain_attention
-            out = attend(queries, keys, values)  # (batch, n_heads, seq_len, head_dim)
+        attend = flash_attention if self.config.use_flash_attention and cache is None else plain_attention
+        out = attend(queries, keys, values, mask)  # (batch, n_heads, seq_len, head_dim)
         return self.wo(out.transpose(1, 2).reshape(x.shape))  # (batch, seq_len, d_model)
 
 
-def flash_attention(queries: Tensor, keys: Tensor, values: Tensor, block: int = 128) -> Tensor:
-    """Causal attention by torch's fused kernels.
+def story_mask(tokens: Tensor) -> Tensor:
+    """What is added to the scores of attention so that a position sees itself and what is before it in its own story.
+
+    float32, (batch, 1, seq_len, seq_len), 0 or -inf. A story begins with SEPARATOR; what a window holds before its
+    first one is the rest of a story.
+    """
+    story = (tokens == SEPARATOR).cumsum(dim=1)  # (batch, seq_len)
+    seen = (story[:, None, :, None] == story[:, None, None, :]).tril()
+    return torch.zeros(seen.shape, device=tokens.device).masked_fill(~seen, -math.inf)
+
+
+def flash_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None,
+                    block: int = 128) -> Tensor:
+    """Causal attention by torch's fused kernels; with a mask, see story_mask(), what that leaves of it.
 
     queries: (batch, n_heads, seq_len, head_dim); keys, values: (batch, n_kv_heads, seq_len, head_dim). On the CPU those
     kernels are slow: there each block of queries meets the keys up to its own end by matrix products.
     """
     if queries.device.type == "cpu":
         ends = range(block, queries.shape[2] + block, block)
-        return torch.cat([plain_attention(rows, keys[:, :, :end], values[:, :, :end])
+        return torch.cat([plain_attention(rows, keys[:, :, :end], values[:, :, :end],
+                                          mask[:, :, end - block:end, :end] if mask is not None else None)
                           for rows, end in zip(queries.split(block, dim=2), ends, strict=True)], dim=2)
-    return F.scaled_dot_product_attention(queries, keys, values, is_causal=True,
-                                          enable_gqa=queries.shape[1] != keys.shape[1])
+    return F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask.type_as(queries) if mask is not None else None, is_causal=mask is None,
+        enable_gqa=queries.shape[1] != keys.shape[1])
 
 
-def plain_attention(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None = None) -> Tensor:
-    """The same written out: softmax(Q K^T / sqrt(head_dim)) V (Vaswani et al., 2017, eq. 1).
+def plain_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The same written out: softmax(Q K^T / sqrt(head_dim) + mask) V (Vaswani et al., 2017, eq. 1).
 
-    With keys, values of (batch, n_kv_heads, all_len, head_dim) the queries are the last of all_len, or hidden tells
-    what each sees: float32, (batch or 1, 1, seq_len, all_len), 0 or -inf. On a CPU this beats the fused kernels if a
-    row has one query; its bits then depend neither on the other rows nor, from FEWEST_SLOTS on, on what is hidden.
+    With keys, values of (batch, n_kv_heads, all_len, head_dim) the queries are the last of all_len, or the mask tells
+    what each sees: (batch or 1, 1, seq_len, all_len), 0 or -inf. On a CPU this beats the fused kernels if a row has one
+    query; its bits then depend neither on the other rows nor, from FEWEST_SLOTS on, on what is masked.
     """
     batch, heads, seq_len, head_dim = queries.shape
     # heads that share keys and values become more queries of one head: (batch, n_kv_heads, group * seq_len, head_dim)
@@ -156,11 +171,11 @@ def plain_attention(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tenso
         scores = (keys @ grouped.transpose(2, 3)).transpose(2, 3)  # (batch, n_kv_heads, group, all_len)
     else:
         scores = grouped @ keys.transpose(2, 3)  # (batch, n_kv_heads, group * seq_len, all_len)
-        if hidden is None:
-            hidden = torch.full((seq_len, keys.shape[2]), -math.inf, dtype=scores.dtype, device=keys.device)
-            hidden = hidden.triu(keys.shape[2] - seq_len + 1)
-    if hidden is not None:
-        scores = (scores.reshape(batch, heads, seq_len, -1) + hidden).view(scores.shape)
+        if mask is None:
+            causal = torch.full((seq_len, keys.shape[2]), -math.inf, device=keys.device)
+            mask = causal.triu(keys.shape[2] - seq_len + 1)
+    if mask is not None:
+        scores = (scores.reshape(batch, heads, seq_len, -1) + mask.type_as(scores)).view(scores.shape)
     shares = scores.softmax(dim=-1).type_as(values)
     return (shares @ values).view(queries.shape).type_as(queries)
 
@@ -190,8 +205,8 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None,
-                positions: slice | Tensor | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, cache, positions))
+                positions: slice | Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin, cache, positions, mask))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))  # (batch, seq_len, d_model)
 
 
@@ -235,16 +250,18 @@ class Transformer(nn.Module):
         start, seq_len = (cache.length if cache is not None else 0), tokens.shape[1]
         if start + seq_len > self.config.max_seq_len:
             raise ValueError(f"{start + seq_len} tokens, but the model's context is {self.config.max_seq_len}")
-        positions = cache.positions(seq_len) if cache is not None else slice(seq_len)
+        positions, mask = cache.positions(seq_len) if cache is not None else (slice(seq_len), None)
+        if self.config.mask_stories and cache is None:  # a cache never holds two stories
+            mask = story_mask(tokens)  # (batch, 1, seq_len, seq_len)
         cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # (seq_len, rotary_dim / 2)
         if isinstance(positions, Tensor):
             cos, sin = cos[:, None], sin[:, None]  # (batch, 1, seq_len, rotary_dim / 2)
         x = self.dropout(self.tok_embeddings(tokens))  # (batch, seq_len, d_model)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                x = recompute_in_backward(layer, x, cos, sin, use_reentrant=False)
+                x = recompute_in_backward(layer, x, cos, sin, mask=mask, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, cache, positions)
+                x = layer(x, cos, sin, cache, positions, mask)
         if cache is not None:
             cache.lengths = [length + seq_len for length in cache.lengths]
         return x
@@ -277,26 +294,11 @@ def flops_per_token(model: Transformer) -> int:
     """Floating-point operations to train on one token: forward and backward, 6 N plus causal attention.
 
     N counts the parameters that are multiplied: an untied embedding is only looked up. Attention adds
-    6 n_layers d_model max_seq_len: half of the 12 of the full square
-    (PaLM, appendix B), since the causal mask leaves half of it.
+    6 n_layers d_model max_seq_len: half of the full square's 12 (PaLM, appendix B), as the causal mask leaves it.
     """
     config = model.config
     multiplied = count_parameters(model) - (0 if config.tie_embeddings else model.tok_embeddings.weight.numel())
     return 6 * multiplied + 6 * config.n_layers * config.d_model * config.max_seq_len
-
-
-def estimate_memory(model: Transformer, batch_size: int, bf16: bool) -> float:
-    """Roughly the bytes that training holds: weights, gradients, two Adam moments, and a micro-batch's activations."""
-    m, width = model.config, 2 if bf16 else 4
-    kept_by_layer = m.d_model * (8 * width + 18) + m.d_ffn * 4 * width  # per token
-    if model.output.weight.device.type == "cpu":
-        kept_by_layer += m.n_heads * m.max_seq_len * width / 2  # the shares of attention, of which half are 0
-    if model.gradient_checkpointing:
-        layers = m.n_layers * 4 * m.d_model + kept_by_layer
-    else:
-        layers = m.n_layers * kept_by_layer
-    logits = m.vocab_size * (width + 4 + 4 + 4)  # the logits, in float32, their log-softmax, their gradient
-    return 16 * count_parameters(model) + batch_size * m.max_seq_len * (layers + logits)
 
 
 # When numbers go wrong

@@ -53,24 +53,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import hardware
+from config.optimizer import make_optimizer
 from config.ranks import ALONE, Ranks, join_ranks
 from config.schedule import learning_rate, schedule_notes
 from data.checkpoints import BEST, CARRIED, LATEST, RunFolder, check_resumable, hold_folder, load_checkpoint
 from data.tokens import TokenFile, count_windows, dropout_seed, prepare_tokens, read_batch, training_windows
 from evaluate import describe_evaluation, evaluate, evaluate_checkpoint, sample_stories
 from generate import encode_prompts, tell_stories
-from model import Transformer, count_parameters, estimate_memory, find_non_finite, flops_per_token, load_weights
+from model import Transformer, count_parameters, find_non_finite, flops_per_token, load_weights
 from train_custom_tokenizer import ensure_tokenizer
-
-
-def make_optimizer(model: Transformer, config: Config) -> torch.optim.AdamW:
-    """Fused AdamW (torch has it for cuda, mps and cpu). Weight decay acts on matrices only: a norm's gain has none."""
-    opt = config.optimizer
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": opt.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=opt.learning_rate, betas=(opt.adam_beta1, opt.adam_beta2),
-                             eps=opt.adam_epsilon, fused=True)
 
 
 def accumulate_gradients(forward: Callable[[Tensor, Tensor], Tensor], precision: Callable[[], Any],
@@ -329,12 +320,12 @@ def prepare_device(run: Run, total_steps: int) -> Callable[[Tensor, Tensor], Ten
     hardware.keep_freed_memory()
     run.precision, precision_note = hardware.choose_precision(run.device, run.config.training.use_bf16, run.ranks)
     bf16 = run.precision is not contextlib.nullcontext
-    run.config = hardware.choose_batch_size(run.config, run.model, run.device, run.ranks, lambda size: try_batch(
-        run, run.model, size), lambda size: estimate_memory(run.model, size, bf16))
+    run.config = hardware.choose_batch_size(run.config, run.model, run.device, run.ranks, bf16,
+                                            lambda size: try_batch(run, run.model, size))
     training, m, windows = run.config.training, run.config.model, run.config.step_windows
     flops, remaining = flops_per_token(run.model), total_steps - run.iter_num
     plan = [f"{count_parameters(run.model):,} parameters, {flops / 1e6:.1f} MFLOP per training token, about "
-            f"{estimate_memory(run.model, training.batch_size, bf16) / 2**30:.1f} GiB of memory",
+            f"{hardware.estimate_memory(run.model, training.batch_size, bf16) / 2**30:.1f} GiB of memory",
             f"{windows * m.max_seq_len:,} tokens a step ({training.batch_size} windows of {m.max_seq_len} x "
             f"{training.gradient_accumulation_steps}), {run.num_windows / windows:,.1f} steps an epoch, "
             f"{total_steps:,} steps in all ({total_steps * windows / run.num_windows:.2f} epochs)"]

@@ -132,6 +132,10 @@ def ensure_tokenizer(config: Config, saved: str | None = None, source: Path | No
     if size > wanted:
         raise UserError(f"{path}: has {size:,} tokens, but model.vocab_size is {wanted:,}: raise vocab_size, or set "
                         "data.tokenizer_path to a new folder, where a smaller one is then trained")
+    separator = tokenizer.token_to_id(END_OF_STORY)
+    if config.model.mask_stories and separator != SPECIAL_TOKENS.index(END_OF_STORY):  # where the model looks for it
+        raise UserError(f"{path}: {END_OF_STORY} is its token {separator}, and model.mask_stories needs it at 0: set "
+                        "that to false, or data.tokenizer_path to a new folder, where one is then trained")
     print(f"tokenizer: {path}: reused, {size:,} tokens"
           + (f"; model.vocab_size is {wanted:,}, the rows beyond stay unused" if size < wanted else ""))
     if size < wanted / 2:

@@ -32,6 +32,9 @@ def check_combinations(config: Config, source: str) -> None:
         (sched.min_lr <= opt.learning_rate,
          f"scheduler.min_lr {sched.min_lr:g} is above optimizer.learning_rate {opt.learning_rate:g}: the rate falls to "
          "min_lr, so make it the smaller one (a tenth is usual)"),
+        (opt.type == "muon" or opt.muon_learning_rate is None,
+         f"optimizer.muon_learning_rate is {opt.muon_learning_rate}, but optimizer.type is adamw: make that muon, or "
+         "this null"),
         (sched.lr_decay_iters is None or sched.lr_decay_iters > sched.warmup_steps,
          f"scheduler.lr_decay_iters {sched.lr_decay_iters} is not above scheduler.warmup_steps {sched.warmup_steps}: "
          "make it larger, or null for the real number of steps"),

@@ -108,12 +108,30 @@ def choose_compile(model: nn.Module, try_it: Callable[[Callable], object], devic
     return compiled, f"compiled in {time.perf_counter() - start:.0f} s"
 
 
-def choose_batch_size(config: Config, model: nn.Module, device: torch.device, ranks: Ranks,
-                      try_it: Callable[[int], object], estimate: Callable[[int], float]) -> Config:
+def estimate_memory(model: nn.Module, batch_size: int, bf16: bool) -> float:
+    """Roughly the bytes that training holds: weights, gradients, two Adam moments, and a micro-batch's activations.
+
+    model: a Transformer (model.py).
+    """
+    m, width = model.config, 2 if bf16 else 4
+    kept_by_layer = m.d_model * (8 * width + 18) + m.d_ffn * 4 * width  # per token
+    if model.output.weight.device.type == "cpu":
+        kept_by_layer += m.n_heads * m.max_seq_len * width / 2  # the shares of attention, of which half are 0
+    if model.gradient_checkpointing:
+        layers = m.n_layers * 4 * m.d_model + kept_by_layer
+    else:
+        layers = m.n_layers * kept_by_layer
+    logits = m.vocab_size * (width + 4 + 4 + 4)  # the logits, in float32, their log-softmax, their gradient
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return 16 * parameters + batch_size * m.max_seq_len * (layers + logits)
+
+
+def choose_batch_size(config: Config, model: nn.Module, device: torch.device, ranks: Ranks, bf16: bool,
+                      try_it: Callable[[int], object]) -> Config:
     """The config with a number for batch_size auto: the most windows that divide the step and fit, tried out.
 
     On a CPU, where a larger one gains little, CPU_BATCH_TOKENS at the most. try_it: a forward and backward
-    pass of so many windows, on every rank at once; estimate: the bytes they take. Raises UserError.
+    pass of so many windows, on every rank at once. Raises UserError.
     """
     if config.training.batch_size != "auto":
         return config
@@ -126,7 +144,7 @@ def choose_batch_size(config: Config, model: nn.Module, device: torch.device, ra
     for size in range(share, 0, -1):
         if share % size or (device.type == "cpu" and size > max(1, CPU_BATCH_TOKENS // config.model.max_seq_len)):
             continue
-        failed = size > 1 and estimate(size) > limit
+        failed = size > 1 and estimate_memory(model, size, bf16) > limit
         if not ranks.any(failed):
             try:
                 try_it(size)

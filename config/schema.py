@@ -41,6 +41,7 @@ class ModelConfig:
     rms_norm_eps: PositiveReal = 1e-6
     tie_embeddings: bool = True
     use_flash_attention: bool = True  # false: the plain softmax(QK^T)V, for comparison
+    mask_stories: bool = False  # true: no attention from one story to another
 
     @property
     def head_dim(self) -> int:
@@ -84,7 +85,9 @@ class TrainingConfig:
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter, 2019); weight decay acts on matrices only."""
 
+    type: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices (Jordan et al., 2024), AdamW for the rest
     learning_rate: PositiveReal = 5e-4
+    muon_learning_rate: PositiveReal | None = None  # of Muon's matrices; null: learning_rate
     adam_beta1: Beta = 0.9
     adam_beta2: Beta = 0.95
     adam_epsilon: PositiveReal = 1e-8

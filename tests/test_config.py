@@ -30,8 +30,8 @@ def error_line(path: Path, *overrides: str) -> str:
 
 @pytest.mark.parametrize(("name", "millions"), [
     ("quickstart", 1.59), ("tinystories_cpu", 4.75), ("train_config_tinystories_33M_TOP10K", 22.75),
-    ("train_config_tinystories_small_STANDARD", 64.32), ("tinystories_33M_constant", 22.75), ("stories260K", 0.26),
-    ("stories15M", 8.86), ("stories42M", 30.43), ("stories110M", 92.63)])
+    ("train_config_tinystories_small_STANDARD", 64.32), ("tinystories_33M_constant", 22.75), ("speedrun", 22.75),
+    ("stories260K", 0.26), ("stories15M", 8.86), ("stories42M", 30.43), ("stories110M", 92.63)])
 def test_every_yaml_loads_and_has_the_size_its_note_says(name, millions):
     config = load_config(REPO / "config" / f"{name}.yaml")
     model = Transformer(config.model) if millions < 30 else None
@@ -44,7 +44,8 @@ def test_every_yaml_loads_and_has_the_size_its_note_says(name, millions):
 def test_the_list_of_yaml_files_is_complete():
     assert {path.stem for path in CONFIGS} == {
         "quickstart", "tinystories_cpu", "train_config_tinystories_33M_TOP10K", "stories15M", "stories42M",
-        "train_config_tinystories_small_STANDARD", "tinystories_33M_constant", "stories260K", "stories110M"}
+        "train_config_tinystories_small_STANDARD", "tinystories_33M_constant", "stories260K", "stories110M",
+        "speedrun"}
 
 
 def test_the_main_yaml_names_every_key_and_equals_the_defaults(tmp_path):
@@ -83,6 +84,7 @@ def test_the_users_sections_alone_are_enough(tmp_path):
     ("scheduler: {lr_decay_iters: 100}", ["lr_decay_iters 100", "warmup_steps 500"]),
     ("training: {use_compile: maybe}", ["training.use_compile", "'maybe'", "auto or true or false"]),
     ("training: {batch_size: .inf}", ["training.batch_size", "inf"]),
+    ("optimizer: {muon_learning_rate: 1e-3}", ["optimizer.muon_learning_rate is 0.001", "optimizer.type is adamw"]),
     ("optimizer: {learning_rate: .nan}", ["optimizer.learning_rate", "nan"]),
     ("training: {batch_size: null}", ["training.batch_size", "nothing", "a whole number"]),
     ("sampling: {prompts: []}", ["sampling.prompts", "a list of texts"]),

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from config.hardware import estimate_memory
 from config.schema import ModelConfig
-from model import KVCache, Transformer, count_parameters, estimate_memory, flash_attention, flops_per_token
+from model import SEPARATOR, KVCache, Transformer, count_parameters, flash_attention, flops_per_token
 
 TINY = {"vocab_size": 300, "d_model": 48, "n_layers": 3, "n_heads": 4, "d_ffn": 80, "max_seq_len": 32, "dropout": 0.0}
 
@@ -118,6 +119,23 @@ def test_a_later_token_never_changes_an_earlier_logit(flash):
 
 
 @pytest.mark.parametrize("flash", [True, False])
+def test_a_masked_story_is_read_as_if_it_were_alone(flash):
+    """No information crosses a separator; the rest of a story at the start of a window counts as one, too."""
+    model = make_model(use_flash_attention=flash, n_kv_heads=2, mask_stories=True)
+    tokens, starts = random_tokens(model).clamp(min=1), (0, 9, 10, 23)
+    tokens[:, starts[1:]] = SEPARATOR
+    changed = tokens.clone()
+    changed[:, [3, 15]] += 1
+    with torch.no_grad():
+        logits, after = model(tokens), model(changed % model.config.vocab_size)
+        for start, end in zip(starts, (*starts[1:], 32), strict=True):
+            alone = model(tokens[:, start:end])
+            torch.testing.assert_close(logits[:, start:end], alone, atol=1e-4, rtol=1e-4)
+    same = [torch.equal(logits[:, place], after[:, place]) for place in range(32)]
+    assert same == [True] * 3 + [False] * 6 + [True] * 6 + [False] * 8 + [True] * 9
+
+
+@pytest.mark.parametrize("flash", [True, False])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_the_cache_changes_nothing(flash, kv_heads):
     model = make_model(n_kv_heads=kv_heads, use_flash_attention=flash)
@@ -180,12 +198,14 @@ def test_an_untied_embedding_is_counted_but_not_multiplied():
     assert flops_per_token(untied) == flops_per_token(tied)
 
 
-def test_both_attentions_and_recomputation_give_the_same_gradients():
+@pytest.mark.parametrize("masked", [False, True])
+def test_both_attentions_and_recomputation_give_the_same_gradients(masked):
     gradients = []
     for changes, recompute in (({}, False), ({}, True), ({"use_flash_attention": False}, False)):
-        model = make_model(**changes).train()
+        model = make_model(**changes, mask_stories=masked).train()
         model.gradient_checkpointing = recompute
         tokens = random_tokens(model)
+        tokens[:, 13] = SEPARATOR
         model(tokens[:, :-1], tokens[:, 1:]).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(gradients[1], gradients[0])

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models
 
 from config import UserError
 from data.tokens import END_OF_STORY, SPECIAL_TOKENS, load_tokenizer, tokenizer_from_json
+from model import SEPARATOR
 from train_custom_tokenizer import ensure_tokenizer, save_tokenizer, tokenizer_report, train_tokenizer
 
 STRANGE = ["", " ", "\n\n  \t", "a\r\nb", "Zoë’s naïve café — “Ñandú”", "🦊🏳️‍🌈", "שלום עולם", "\x00\x01\x7f", "<unk>",
@@ -104,6 +105,20 @@ def test_train_py_trains_it_once_and_then_reuses_it(tiny_config, capsys):
     assert "reused" in capsys.readouterr().out and again.to_str() == first.to_str()
     with pytest.raises(UserError, match=r"has 512 tokens, but model.vocab_size is 300"):
         ensure_tokenizer(tiny_config("model.vocab_size=300"))
+
+
+def test_a_separator_that_the_model_would_not_find_is_told(tiny_config, tmp_path):
+    """model.mask_stories looks for one id; a tokenizer from elsewhere may have another."""
+    made = json.loads(ensure_tokenizer(tiny_config("model.mask_stories=true")).to_str())
+    assert SPECIAL_TOKENS[SEPARATOR] == END_OF_STORY
+    swapped = {0: 1, 1: 0}
+    made["model"]["vocab"] = {token: swapped.get(i, i) for token, i in made["model"]["vocab"].items()}
+    made["added_tokens"] = sorted(({**of, "id": swapped.get(of["id"], of["id"])} for of in made["added_tokens"]),
+                                  key=lambda of: of["id"])
+    (tmp_path / "tokenizer" / "tiny" / "tokenizer.json").write_text(json.dumps(made), encoding="utf-8")
+    assert ensure_tokenizer(tiny_config()).token_to_id(END_OF_STORY) == 1
+    with pytest.raises(UserError, match=r"is its token 1, and model\.mask_stories needs it at 0: .*false"):
+        ensure_tokenizer(tiny_config("model.mask_stories=true"))
 
 
 def test_the_script_as_the_user_calls_it(tmp_path):

@@ -99,13 +99,20 @@ def test_a_schedule_that_does_not_fit_the_run_is_said_out_loud(tiny_config):
     assert schedule_notes(tiny_config(), 100) == []
 
 
-def test_weight_decay_acts_on_matrices_only(tiny_config):
-    config = tiny_config("optimizer.weight_decay=0.5")
+OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+
+
+@OPTIMIZERS
+def test_weight_decay_acts_on_matrices_only(tiny_config, optimizer):
+    """A step of AdamW or Muon with no gradient is the decay alone."""
+    config = tiny_config("optimizer.weight_decay=0.5", "optimizer.learning_rate=0.1", f"optimizer.type={optimizer}")
     model = Transformer(config.model)
-    decayed = {id(p): g["weight_decay"] for g in make_optimizer(model, config).param_groups for p in g["params"]}
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    make_optimizer(model, config).step()
     for name, parameter in model.named_parameters():
-        assert decayed[id(parameter)] == (0.0 if "norm" in name else 0.5), name
-    assert len(decayed) == len(list(model.parameters()))
+        torch.testing.assert_close(parameter.detach(), before[name] * (1.0 if "norm" in name else 0.95), msg=name)
 
 
 def test_accumulated_gradients_are_those_of_the_big_batch():
@@ -123,9 +130,11 @@ def test_accumulated_gradients_are_those_of_the_big_batch():
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-7, rtol=1e-4)
 
 
-def test_one_step_is_adamw_with_clipping(tiny_config):
-    """Against torch's own AdamW fed by hand: clipped gradient of the whole step's mean loss, rate of step 1."""
-    config = tiny_config("model.dropout=0", "optimizer.max_grad_norm=0.1")
+@OPTIMIZERS
+def test_one_step_is_torchs_own_with_clipping(tiny_config, optimizer):
+    """Against torch's own, fed by hand: clipped gradient of the whole step's mean loss, rate of step 1."""
+    config = tiny_config("model.dropout=0", "optimizer.max_grad_norm=0.1", "optimizer.weight_decay=0.3",
+                         f"optimizer.type={optimizer}", *["optimizer.muon_learning_rate=1e-3"] * (optimizer == "muon"))
     tokens = np.random.default_rng(1).integers(0, 512, 3000).astype(np.uint16)
     models = []
     for _ in range(2):
@@ -136,13 +145,28 @@ def test_one_step_is_adamw_with_clipping(tiny_config):
     inputs, targets = read_batch(tokens, training_windows(0, 8, 46, config.training.seed), 64, CPU)
     models[1](inputs, targets).backward()
     norm = torch.nn.utils.clip_grad_norm_(models[1].parameters(), 0.1)
-    optimizer = make_optimizer(models[1], config)
-    for group in optimizer.param_groups:
-        group["lr"] = config.optimizer.learning_rate / config.scheduler.warmup_steps
-    optimizer.step()
+    rate = config.optimizer.learning_rate / config.scheduler.warmup_steps
+    hidden = [p for p in models[1].layers.parameters() if p.dim() == 2 and optimizer == "muon"]
+    rest = [p for p in models[1].parameters() if all(p is not matrix for matrix in hidden)]
+    decays = [0.3 if p.dim() == 2 else 0.0 for p in rest]
+    torch.optim.AdamW([{"params": [p], "weight_decay": decay} for p, decay in zip(rest, decays, strict=True)], lr=rate,
+                      betas=(0.9, 0.95)).step()
+    if hidden:
+        torch.optim.Muon(hidden, lr=rate / 3, weight_decay=0.3, adjust_lr_fn="match_rms_adamw").step()
     assert norm > 0.1 and run.position == 8 and run.iter_num == 1
     for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)  # of an update of 6e-4
+
+
+def test_an_optimizer_that_is_not_here_or_not_the_checkpoints_is_one_line(tiny_config, tmp_path, monkeypatch):
+    assert start_run(tiny_config("training.max_steps=1", "training.output_dir=run"), None, None) == 0
+    config = tiny_config("training.max_steps=2", "training.output_dir=run", "optimizer.type=muon")
+    with pytest.raises(UserError, match=r"optimizer\.type is adamw there, but muon in the config") as caught:
+        start_run(config, None, tmp_path / "run" / LATEST)
+    assert "\n" not in str(caught.value)
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(UserError, match=r"optimizer\.type muon: torch .* has no Muon"):
+        start_run(config, None, None)
 
 
 def test_compilation_that_fails_falls_back_and_says_so():
@@ -223,13 +247,15 @@ def weights(path):
     return {name: tensor.clone() for name, tensor in load_checkpoint(path)["model"].items()}
 
 
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny_config, tmp_path):
+@OPTIMIZERS
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny_config, tmp_path, optimizer):
     """Bit for bit in float32 on the CPU, with dropout and accumulation, from the middle of an epoch."""
-    whole = tiny_config("training.max_steps=12", "training.output_dir=whole")
+    chosen = f"optimizer.type={optimizer}"
+    whole = tiny_config("training.max_steps=12", "training.output_dir=whole", chosen)
     assert start_run(whole, None, None) == 0
-    half = tiny_config("training.max_steps=5", "training.output_dir=half", "scheduler.lr_decay_iters=12")
+    half = tiny_config("training.max_steps=5", "training.output_dir=half", "scheduler.lr_decay_iters=12", chosen)
     assert start_run(half, None, None) == 0
-    rest = tiny_config("training.max_steps=12", "training.output_dir=half")
+    rest = tiny_config("training.max_steps=12", "training.output_dir=half", chosen)
     assert start_run(rest, None, tmp_path / "half" / "checkpoint_latest.pth") == 0
     expected = weights(tmp_path / "whole" / "checkpoint_latest.pth")
     for name, tensor in weights(tmp_path / "half" / "checkpoint_latest.pth").items():
@@ -293,9 +319,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(ti
     assert not (tmp_path / "run" / "best_model.pth").exists()
 
 
-def test_a_bad_gradient_changes_no_weight_nor_does_any_step_after_it(tiny_config):
+@OPTIMIZERS
+def test_a_bad_gradient_changes_no_weight_nor_does_any_step_after_it(tiny_config, optimizer):
     """So that the step can be repeated and looked at, without a wait for the device at every step."""
-    config = tiny_config()
+    config = tiny_config(f"optimizer.type={optimizer}")
     model = Transformer(config.model)
     run = Run(config, None, model, make_optimizer(model, config), CPU, token_file(np.arange(900, dtype=np.uint16) % 50))
     train_step(run, model, total_steps=20)

@@ -1,0 +1,68 @@
+"""The optimizers of the `optimizer` section (imports torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from config.cli import UserError
+from config.schema import Config
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """Fused AdamW (torch has it for cuda, mps and cpu); with optimizer.type muon, Muon for the layers' matrices.
+
+    Weight decay acts on matrices only: a norm's gain has none. Raises UserError if this torch has no Muon.
+    """
+    opt = config.optimizer
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.dim() >= 2]
+    hidden = [parameter for name, parameter in named if opt.type == "muon" and name.startswith("layers.")]
+    matrices = [parameter for name, parameter in named if opt.type != "muon" or not name.startswith("layers.")]
+    groups = [{"params": matrices, "weight_decay": opt.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    settings = {"lr": opt.learning_rate, "betas": (opt.adam_beta1, opt.adam_beta2), "eps": opt.adam_epsilon,
+                "fused": True}
+    share = (opt.muon_learning_rate or opt.learning_rate) / opt.learning_rate
+    return MuonWithAdamW(hidden, share, groups, **settings) if hidden else torch.optim.AdamW(groups, **settings)
+
+
+class MuonWithAdamW(torch.optim.AdamW):
+    """Muon (Jordan et al., 2024) for the matrices `hidden`, AdamW for `groups`, as one optimizer.
+
+    Muon's step is the momentum made orthogonal, here of the size that AdamW's steps usually have (Liu et al., 2025,
+    section 2.2). Its learning rate is `share` times that of the first group, its weight decay the same.
+    """
+
+    def __init__(self, hidden: Sequence[Tensor], share: float, groups: list[dict[str, Any]], **settings: Any) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise UserError(f"optimizer.type muon: torch {torch.__version__} has no Muon, 2.9 is the first that does: "
+                            "set it to adamw")
+        super().__init__(groups, **settings)
+        self.hidden, self.share, self.found_inf = hidden, share, None
+        self.muon = torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step of both; none at all where found_inf, float32, (), is not 0, without a wait for the device."""
+        first, own = self.param_groups[0], self.muon.param_groups[0]
+        own["lr"], own["weight_decay"] = self.share * first["lr"], first["weight_decay"]
+        before = [matrix.clone() for matrix in self.hidden]
+        super().step()
+        self.muon.step()
+        if self.found_inf is not None:  # torch's Muon does not look at it
+            for matrix, old in zip(self.hidden, before, strict=True):
+                matrix.copy_(torch.where(self.found_inf > 0, old, matrix))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self.muon.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "muon": self.muon.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.muon.load_state_dict(state_dict["muon"])
