@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,13 +22,12 @@ TINY = ["--dataset", "sample", "--seeds", "1", "--out", "out", "--variants", art
         "no <|endoftext|>"]
 for value in ("data.max_stories=200", "model.vocab_size=512", "model.d_model=32", "model.n_layers=1",
               "model.n_heads=1", "model.d_ffn=64", "model.max_seq_len=64", "training.max_steps=20",
-              "training.eval_samples=1", "training.use_bf16=false", "training.use_compile=false",
-              "sampling.max_new_tokens=8", "hardware.device=cpu"):
+              "scheduler.warmup_steps=2", "training.eval_samples=1", "training.use_bf16=false",
+              "training.use_compile=false", "sampling.max_new_tokens=8", "hardware.device=cpu"):
     TINY += ["--set", value]
 
 
 def batch(tokens: range, seq_len: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
-    import numpy as np
     return read_batch(np.array(tokens), np.arange(2), seq_len, torch.device("cpu"))
 
 
@@ -58,7 +58,7 @@ def test_the_weighted_mean_is_that_of_torch():
 
 
 def test_articles_where_none_can_stand(stories):
-    follows = words_after_articles(stories)
+    follows = words_after_articles([*stories, "A was."])  # a slip of the pen does not make "was" one of them
     assert misplaced_articles("The little dog saw a bird.", follows) == (0, 2)
     assert misplaced_articles("Little the was happy a. The a dog", follows) == (3, 4)
     real = [misplaced_articles(story, follows) for story in stories]
@@ -77,8 +77,8 @@ def test_the_whole_experiment_and_that_nothing_is_trained_twice(tmp_path, monkey
     results = {of["variant"]: of for of in map(json.loads, kept.values())}
     assert set(results) == {"as it should be", "labels shifted twice", "no <|endoftext|>"}
     for of in results.values():
-        assert [point["step"] for point in of["points"]] == [1, 2, 5, 10, 15, 20]
-        assert of["points"][-1]["bits_per_byte"] < of["points"][0]["bits_per_byte"]
+        assert [point["step"] for point in of["points"]] == [1, 2, 5, 10, 20]
+        assert of["points"][-2]["bits_per_byte"] < of["points"][0]["bits_per_byte"]  # of the same stories
         assert of["trained_tokens"] == 20 * 4 * 64
         assert len(of["stories"]) == articles.STORIES
     table = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")

@@ -41,7 +41,7 @@ from model import Transformer, flops_per_token  # noqa: E402
 from train import make_optimizer  # noqa: E402
 
 CONFIG = Path(__file__).with_suffix(".yaml")
-POINTS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # of the steps: where a run is looked at
+POINTS = (0.05, 0.1, 0.25, 0.5, 1.0)  # of the steps: where a run is looked at
 RIGHT, TWICE, NOT = "right", "shifted twice", "not shifted"
 
 

@@ -22,7 +22,7 @@ from model import Transformer
 from train_custom_tokenizer import ensure_tokenizer
 
 AT_THE_END = 5  # times as many validation stories are scored there as at the points before
-STORIES = 80  # told at the end; a quarter of them at the points before
+STORIES = 64  # told at the end; a quarter of them at the points before
 SCORES = ("val_loss", "bits_per_byte", "article_loss", "article_accuracy", "next_loss", "after_next_loss",
           "present_loss")
 
