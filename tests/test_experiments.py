@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 
 import numpy as np
@@ -65,14 +66,14 @@ def test_articles_where_none_can_stand(stories):
     assert sum(wrong for wrong, _ in real) < 0.01 * sum(count for _, count in real)
 
 
-def run(monkeypatch, *arguments: str) -> None:
+def run(monkeypatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["articles.py", *TINY, *arguments])
-    articles.main()
+    return articles.main()
 
 
 def test_the_whole_experiment_and_that_nothing_is_trained_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run(monkeypatch)
+    assert run(monkeypatch) == 0
     kept = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.json")}
     results = {of["variant"]: of for of in map(json.loads, kept.values())}
     assert set(results) == {"as it should be", "labels shifted twice", "no <|endoftext|>"}
@@ -105,19 +106,18 @@ def test_the_whole_experiment_and_that_nothing_is_trained_twice(tmp_path, monkey
     assert first["points"] == second["points"] and first["stories"] == second["stories"]
 
 
-def test_stopped_by_ctrl_c_it_keeps_the_runs_that_were_done(tmp_path, monkeypatch):
+def test_stopped_by_ctrl_c_it_keeps_the_runs_that_were_done(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train_variant = articles.train_variant
 
     def interrupted(variant, *rest):
         if variant is not articles.BASE:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return train_variant(variant, *rest)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(articles, "train_variant", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(patch)
+    monkeypatch.setattr(articles, "train_variant", interrupted)
+    assert run(monkeypatch) == 128 + signal.SIGINT
+    assert "the same command goes on" in capsys.readouterr().out
     assert [json.loads(path.read_bytes())["variant"] for path in (tmp_path / "out").glob("*.json")] == [
         articles.BASE.title]
 

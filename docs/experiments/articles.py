@@ -32,7 +32,7 @@ from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from config import Config, UserError, add_config_arguments, config_from_dict, load_config, run_script  # noqa: E402
-from config.cli import Parser  # noqa: E402
+from config.cli import Parser, deferred_interrupts  # noqa: E402
 from config.files import replacing  # noqa: E402
 from config.hardware import choose_compile, choose_device, choose_precision  # noqa: E402
 from config.schedule import learning_rate  # noqa: E402
@@ -60,17 +60,17 @@ BASE = Variant("as it should be", "")
 VARIANTS = (
     BASE,
     Variant("labels shifted twice", "labels", labels=TWICE),
-    Variant("vocabulary 32,000", "vocabulary", ("model.vocab_size=32000",)),
-    Variant("articles weigh 10 times", "weight", weight=10),
-    Variant("learning rate 5e-4", "learning rate", ("optimizer.learning_rate=5e-4",)),
-    Variant("no <|endoftext|>", "separator", separators=False),
     Variant("labels not shifted", "labels", labels=NOT),
-    Variant("learning rate 5e-5", "learning rate", ("optimizer.learning_rate=5e-5",)),
-    Variant("learning rate 5e-3", "learning rate", ("optimizer.learning_rate=5e-3",)),
     Variant("vocabulary 2,000", "vocabulary", ("model.vocab_size=2000",)),
+    Variant("vocabulary 4,000", "vocabulary", ("model.vocab_size=4000",)),
+    Variant("vocabulary 32,000", "vocabulary", ("model.vocab_size=32000",)),
     Variant("articles weigh 2 times", "weight", weight=2),
     Variant("articles weigh 5 times", "weight", weight=5),
-    Variant("vocabulary 4,000", "vocabulary", ("model.vocab_size=4000",)),
+    Variant("articles weigh 10 times", "weight", weight=10),
+    Variant("learning rate 5e-5", "learning rate", ("optimizer.learning_rate=5e-5",)),
+    Variant("learning rate 5e-4", "learning rate", ("optimizer.learning_rate=5e-4",)),
+    Variant("learning rate 5e-3", "learning rate", ("optimizer.learning_rate=5e-3",)),
+    Variant("no <|endoftext|>", "separator", separators=False),
 )
 
 
@@ -112,8 +112,11 @@ def configure(config: Config, variant: Variant, seed: int) -> Config:
 
 
 def train_variant(variant: Variant, config: Config, text: Text, yardstick: Yardstick, total_flops: float, bar: tqdm,
-                  ) -> dict[str, Any]:
-    """Train and look at POINTS. Returns what is kept of the run: plain values. total_flops: of all runs to do."""
+                  signals: Sequence[int]) -> dict[str, Any] | None:
+    """Train and look at POINTS. Returns what is kept of the run, plain values; None once there is a signal to stop.
+
+    total_flops: of all runs to do.
+    """
     device, training, start = choose_device(config.hardware.device), config.training, time.perf_counter()
     tokens, seq_len = text.train_file.tokens, config.model.max_seq_len
     if not variant.separators:
@@ -141,6 +144,8 @@ def train_variant(variant: Variant, config: Config, text: Text, yardstick: Yards
     micro, points, losses, position = training.gradient_accumulation_steps, [], [], 0
     shares = {max(1, round(share * training.max_steps)): share for share in POINTS}
     for step in range(1, training.max_steps + 1):
+        if signals:
+            return None
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.optimizer.learning_rate, training.max_steps, config.scheduler)
         for _ in range(micro):
@@ -175,8 +180,11 @@ def result_path(out: Path, variant: Variant, config: Config) -> Path:
     return out / f"{name}-{config.training.seed}-{hashlib.sha256(made_from.encode('utf-8')).hexdigest()[:8]}.json"
 
 
-def experiment(config: Config, variants: Sequence[Variant], seeds: int, out: Path) -> None:
-    """Train what is not in `out` yet: all variants with one seed, then with the next. Then the report of all."""
+def experiment(config: Config, variants: Sequence[Variant], seeds: int, out: Path) -> int:
+    """Train what is not in `out` yet: all variants with one seed, then with the next. Then the report of all.
+
+    Returns the exit status: 0, or 128 + the signal that stopped it.
+    """
     if not config.training.max_steps:
         raise UserError("training.max_steps null: give a number, which is then the same for all variants")
     runs = [(variant, made, result_path(out, variant, made))
@@ -190,11 +198,15 @@ def experiment(config: Config, variants: Sequence[Variant], seeds: int, out: Pat
     training, steps = config.training, config.training.max_steps * len(missing)
     step_tokens = training.batch_size * training.gradient_accumulation_steps * config.model.max_seq_len
     flops = flops_per_token(Transformer(config.model)) * step_tokens * steps  # together: they share what is compiled
-    with tqdm(total=steps, unit="step", dynamic_ncols=True, disable=not missing) as bar:
+    bar = tqdm(total=steps, unit="step", dynamic_ncols=True,
+               disable=None if missing and training.show_progress else True)
+    with bar, deferred_interrupts() as signals:
         for variant, made, path in missing:
             name = f"{variant.title}, seed {made.training.seed}"
             bar.set_description(name)
-            result = train_variant(variant, made, texts[made.data.tokenizer_path], yardstick, flops, bar)
+            result = train_variant(variant, made, texts[made.data.tokenizer_path], yardstick, flops, bar, signals)
+            if result is None:
+                break
             with replacing(path) as file:
                 file.write(json.dumps(result, indent=1, ensure_ascii=False).encode("utf-8"))
             last = result["points"][-1]
@@ -203,10 +215,14 @@ def experiment(config: Config, variants: Sequence[Variant], seeds: int, out: Pat
             report([path for _, _, path in runs if path.exists()], theories, out)
     if not missing:
         report([path for _, _, path in runs], theories, out)
+    if signals:
+        print(f"stopped: the finished runs are in {out}, and the same command goes on from there")
+        return 128 + signals[0]
     print((out / RESULTS).read_text(encoding="utf-8"))
+    return 0
 
 
-def main() -> None:
+def main() -> int:
     parser = Parser(description="Why did the articles go missing? Each theory trained by itself.")
     add_config_arguments(parser, CONFIG)
     parser.add_argument("--dataset", help="data.dataset: tinystories, sample, a hub id, a file or a folder")
@@ -225,8 +241,8 @@ def main() -> None:
     given = {"data.dataset": args.dataset, "data.validation": args.validation}
     overrides = args.overrides + [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     config = load_config(args.config or CONFIG, overrides)
-    experiment(config, [variant for variant in VARIANTS if variant.title in (BASE.title, *args.variants)], args.seeds,
-               args.out)
+    chosen = [variant for variant in VARIANTS if variant.title in (BASE.title, *args.variants)]
+    return experiment(config, chosen, args.seeds, args.out)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from config.files import replacing
 
 RESULTS, PICTURE = "results.md", "why_articles.png"
 COLUMNS = (  # key, title, digits
-    ("bits_per_byte", "bits per byte", 3), ("own_loss", "the loss that it reports itself", 2),
-    ("articles", "articles in 100 words", 1), ("misplaced", "of them, where none can stand, %", 1),
-    ("bare_nouns", "nouns without one, %", 1), ("a_an", "right a or an, %", 1), ("ended", "stories that end, %", 0),
-    ("repeated", "repeated 4-grams, %", 1), ("article_accuracy", "truth is an article: likeliest token right, %", 0))
+    ("bits_per_byte", "bits per byte", 3), ("own_loss", "loss that it reports", 2),
+    ("articles", "articles in 100 words", 1), ("misplaced", "of these where none can stand, %", 1),
+    ("bare_nouns", "nouns without one, %", 1), ("a_an", "a or an right, %", 0), ("ended", "stories that end, %", 0),
+    ("repeated", "repeated 4-grams, %", 1), ("article_accuracy", "articles foreseen, %", 0))
 ROWS = (("bits_per_byte", "bits per byte"), ("articles", "articles in 100 words"),
         ("bare_nouns", "nouns without their article, %"))
 STOPS = (0.05, 0.25)  # of the steps: rows of their own
@@ -35,7 +35,7 @@ def report(paths: Iterable[Path], theories: dict[str, str], out: Path) -> None:
     for path in paths:
         result = json.loads(path.read_text(encoding="utf-8"))
         runs[result["variant"]].append(result)
-    runs = {title: runs[title] for title in sorted(runs, key=lambda title: (theories[title], title)) if runs[title]}
+    runs = {title: of for title, of in runs.items() if of}
     with replacing(out / RESULTS) as file:
         file.write(f"{table(runs)}\n\n{stories(runs)}\n".encode())
     try:
@@ -99,7 +99,7 @@ def draw(runs: Runs, theories: dict[str, str]) -> bytes:
     """A column for each theory, a row for each figure, by the share of the steps. Returns a PNG."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # no pyplot: no global state, and no window is ever opened
-    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 
     base = next(iter(runs))
     columns = list(dict.fromkeys(theories[title] for title in runs if theories[title])) or [""]
@@ -107,44 +107,63 @@ def draw(runs: Runs, theories: dict[str, str]) -> bytes:
                 "axes.edgecolor": GRID, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
                 "grid.color": GRID, "grid.linewidth": 0.6}
     with rc_context(settings):
-        figure = Figure(figsize=(2.9 * len(columns) + 0.5, 7.6), layout="constrained")
+        figure = Figure(figsize=(3.1 * len(columns) + 0.4, 7.2), layout="constrained")
         grid = figure.subplots(len(ROWS), len(columns), sharex=True, sharey="row", squeeze=False)
         for axes_row, (key, name) in zip(grid, ROWS, strict=True):
+            axes_row[0].set_ylabel(name)
+            if key == "bits_per_byte":
+                axes_row[0].set_yscale("log")
+                axes_row[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                axes_row[0].yaxis.set_minor_formatter(NullFormatter())
+                axes_row[0].yaxis.set_minor_locator(NullLocator())
             real = runs[base][0]["points"][-1]["reference"].get(key)
             for axes, theory in zip(axes_row, columns, strict=True):
                 shown = [base, *(title for title in runs if theory and theories[title] == theory)]
-                looks = [BASE_LOOK, *LOOKS]
-                for title, (colour, marker) in zip(shown, looks, strict=False):
+                for title, (colour, marker) in zip(shown, [BASE_LOOK, *LOOKS], strict=False):
                     draw_curve(axes, runs[title], key, title, colour, marker)
                 if real is not None:
-                    axes.axhline(real, color=INK, linewidth=1, linestyle=":", label="real stories")
-                if key == "bits_per_byte":
-                    axes.set_yscale("log")
-                    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-                    axes.yaxis.set_minor_formatter(NullFormatter())
-                    axes.set_yticks([1, 1.5, 2, 3, 5, 10, 20])
-                else:
-                    axes.set_ylim(bottom=0)
-                axes.set_xlim(0, 100)
-            axes_row[0].set_ylabel(name)
+                    axes.axhline(real, color=INK, linewidth=1, linestyle=":", label="_real")
+            axes_row[0].set_xlim(0, 100)
+            top = axes_row[0].get_ylim()[1]
+            if key == "bits_per_byte":
+                axes_row[0].set_yticks([y for y in (1, 1.5, 2, 3, 5, 10, 20, 30) if y < top])
+            else:  # the first steps of one variant must not flatten all the others
+                axes_row[0].set_ylim(0, min(top, 4 * real) if key == "articles" and real else top)
+            for axes in axes_row:
+                label_curves(axes)
         for axes, theory in zip(grid[0], columns, strict=True):
-            axes.set_title(theory)
-        for axes in grid[1]:  # where the line of the real stories is
-            axes.legend(frameon=False, fontsize=7.5, loc="best")
+            axes.set_title(theory, fontweight="bold")
         for axes in grid[-1]:
             axes.set_xlabel("% of the steps")
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=100)
+        figure.savefig(buffer, format="png", dpi=90)
     return buffer.getvalue()
 
 
 def draw_curve(axes: Any, of: list[dict[str, Any]], key: str, title: str, colour: str, marker: str) -> None:
     """The mean over the seeds, and a band from the smallest to the largest."""
-    curves = [[(100 * point["share"], point[key]) for point in run["points"] if point[key] is not None] for run in of]
-    shares = [share for share, _ in min(curves, key=len)]
-    values = [[dict(curve)[share] for curve in curves if share in dict(curve)] for share in shares]
-    if shares:
-        axes.plot(shares, [statistics.fmean(some) for some in values], color=colour, marker=marker, markersize=3.5,
-                  linewidth=1.4, label=title)
-        axes.fill_between(shares, [min(some) for some in values], [max(some) for some in values], color=colour,
-                          alpha=0.25, linewidth=0)
+    values: dict[float, list[float]] = {}
+    for point in (point for run in of for point in run["points"] if point[key] is not None):
+        values.setdefault(100 * point["share"], []).append(point[key])
+    if values:
+        means, low, high = ([what(some) for some in values.values()] for what in (statistics.fmean, min, max))
+        axes.plot(list(values), means, color=colour, marker=marker, markersize=3.5, linewidth=1.4, label=title)
+        axes.fill_between(list(values), low, high, color=colour, alpha=0.25, linewidth=0)
+
+
+def label_curves(axes: Any, gap: float = 0.085) -> None:
+    """Name each curve beside its end. Names stand `gap` of the height apart or more, so that all can be read."""
+    ends = []
+    for line in axes.get_lines():
+        y = axes.transAxes.inverted().transform(axes.transData.transform((0, line.get_ydata()[-1])))[1]
+        name = "real stories" if line.get_label() == "_real" else line.get_label()
+        ends.append((y, name, line.get_color()))
+    ends.sort()
+    places: list[float] = []
+    for y, _, _ in ends:
+        places.append(max(y, places[-1] + gap) if places else y)
+    for index in range(len(places) - 2, -1, -1):  # what went over the top comes down again
+        places[-1] = min(places[-1], 1.0)
+        places[index] = min(places[index], places[index + 1] - gap)
+    for (_, name, colour), place in zip(ends, places, strict=True):
+        axes.text(1.03, place, name, transform=axes.transAxes, color=colour, fontsize=7.5, va="center")
