@@ -15,6 +15,7 @@ from conftest import REPO
 sys.path.insert(0, str(REPO / "docs" / "experiments"))
 
 import articles
+import articles_look
 from articles_look import misplaced_articles, words_after_articles
 
 from data.tokens import ARTICLES, IGNORED, read_batch
@@ -104,6 +105,22 @@ def test_the_whole_experiment_and_that_nothing_is_trained_twice(tmp_path, monkey
     assert again.keys() == kept.keys() and all(again[name] == kept[name] for name in other)
     first, second = (json.loads(of[gone.name]) for of in (kept, again))
     assert first["points"] == second["points"] and first["stories"] == second["stories"]
+
+
+def test_without_separators_none_is_trained_on_scored_or_begun_with(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = {"train": [], "score": [], "begin": []}
+    spied = ((articles, "read_batch", "train", 0), (articles_look, "measure_likelihood", "score", 1),
+             (articles_look, "generate_tokens", "begin", 1))
+    for module, name, kind, place in spied:
+        whole = getattr(module, name)
+
+        def spy(*arguments, whole=whole, kind=kind, place=place):
+            seen[kind].append(0 in np.concatenate([np.ravel(part) for part in arguments[place]]))  # <|endoftext|> is 0
+            return whole(*arguments)
+        monkeypatch.setattr(module, name, spy)
+    run(monkeypatch, "--variants", "no <|endoftext|>", "--set", "training.max_steps=1")
+    assert seen == {"train": [True, False], "score": [True, False], "begin": [True, False]}
 
 
 def test_stopped_by_ctrl_c_it_keeps_the_runs_that_were_done(tmp_path, monkeypatch, capsys):

@@ -100,6 +100,7 @@ def draw(runs: Runs, theories: dict[str, str]) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # no pyplot: no global state, and no window is ever opened
     from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
+    from PIL import Image  # which matplotlib brings
 
     base = next(iter(runs))
     columns = list(dict.fromkeys(theories[title] for title in runs if theories[title])) or [""]
@@ -135,9 +136,10 @@ def draw(runs: Runs, theories: dict[str, str]) -> bytes:
             axes.set_title(theory, fontweight="bold")
         for axes in grid[-1]:
             axes.set_xlabel("% of the steps")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=90)
-    return buffer.getvalue()
+        whole, small = io.BytesIO(), io.BytesIO()
+        figure.savefig(whole, format="png", dpi=90)
+    Image.open(whole).convert("RGB").quantize(64).save(small, format="png", optimize=True)  # a third of its size
+    return small.getvalue()
 
 
 def draw_curve(axes: Any, of: list[dict[str, Any]], key: str, title: str, colour: str, marker: str) -> None:
