@@ -44,16 +44,17 @@ def positive(text: str) -> int:
 
 @contextlib.contextmanager
 def deferred_interrupts() -> Iterator[list[int]]:
-    """Let Ctrl-C and SIGTERM wait: the list holds the signal once one came. A second one leaves at once.
+    """Let Ctrl-C, SIGTERM and a closed terminal wait: the list holds the signal once one came. A second leaves at once.
 
     Under torchrun every signal comes twice, from the terminal and from torchrun, so there only the first counts;
     torchrun itself kills what has not stopped after 30 seconds.
     """
     received: list[int] = []
     alone = "TORCHELASTIC_RUN_ID" not in os.environ
+    closed = getattr(signal, "SIGHUP", None)  # the terminal was closed: the shell and the system both say so
 
     def remember(number: int, frame: Any) -> None:
-        if received and alone:
+        if received and alone and number != closed:
             os._exit(128 + number)  # nothing half-written is believed, and the next run tidies up
         received.append(number)
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -61,7 +62,10 @@ def deferred_interrupts() -> Iterator[list[int]]:
             with contextlib.suppress(OSError):  # straight to the terminal: print must not be entered from a handler
                 os.write(2, b"\nstopping after this step" + hint + b"\n")
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if closed and signal.getsignal(closed) == signal.SIG_DFL:  # nohup ignores it
+        numbers.append(closed)
+    before = {number: signal.signal(number, remember) for number in numbers}
     try:
         yield received
     finally:
