@@ -377,9 +377,11 @@ def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | 
     device, training = hardware.choose_device(config.hardware.device), config.training
     checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
     if checkpoint:  # before any work is done
-        config = config.keep_batch_size(config_from_dict(checkpoint["config"], str(checkpoint_path)))
         check_resumable(checkpoint, checkpoint_path, config)
     with join_ranks(device) as ranks, hold_folder(Path(training.output_dir).expanduser(), ranks.first) as folder:
+        if checkpoint:
+            before = config_from_dict(checkpoint["config"], str(checkpoint_path))
+            config = config.keep_batch_size(before, ranks.count)
         ranks.check_shares(config)
         if not ranks.first:
             config = replace(config, training=replace(config.training, show_progress=False))

@@ -180,10 +180,14 @@ class Config:
                                        gradient_accumulation_steps=self.step_windows // batch_size)
         return dataclasses.replace(self, training=training)
 
-    def keep_batch_size(self, before: Config) -> Config:
-        """With batch_size auto and the same step, the numbers found before, so that dropout stays the same."""
+    def keep_batch_size(self, before: Config, processes: int) -> Config:
+        """With batch_size auto and the same step, the numbers found before, so that dropout stays the same.
+
+        Not if the micro-batches do not go round to the processes: then a size is found anew.
+        """
         same = self.training.batch_size == "auto" and self.step_windows == before.step_windows
-        return self.with_batch_size(before.training.batch_size) if same else self
+        keeps = same and before.training.gradient_accumulation_steps % processes == 0
+        return self.with_batch_size(before.training.batch_size) if keeps else self
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain values only, as a checkpoint stores them; config_from_dict() is the way back."""

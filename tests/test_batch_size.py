@@ -92,6 +92,14 @@ def test_all_ranks_take_what_fits_on_each():
         Ranks(count=2).check_shares(quickstart(*step_of(31)))
 
 
+def test_a_resumed_run_on_more_ranks_finds_a_size_that_goes_round():
+    auto = quickstart(*step_of(32))
+    for processes, kept in ((1, 16), (2, 16), (4, "auto")):  # the run before had 2 micro-batches
+        config = auto.keep_batch_size(auto.with_batch_size(16), processes)
+        assert config.training.batch_size == kept
+        Ranks(count=processes).check_shares(config)
+
+
 def test_a_resumed_run_keeps_the_batch_size_that_was_found(tiny_config, tmp_path, monkeypatch, capsys):
     """Bit for bit, dropout included, even where another size would be found now."""
     settings = step_of(8, "scheduler.lr_decay_iters=6")
