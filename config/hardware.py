@@ -30,7 +30,8 @@ from config.values import one_line
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12,
               "RTX 3090": 71e12}
 SPLIT_FROM = 1024  # inputs; above it oneDNN splits the sums of a row that is alone, and rounds them differently
-OUT_OF_MEMORY = re.compile("out of memory|allocate memory|bad_alloc|Storage size calculation overflowed")
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory|STATUS_ALLOC_FAILED|bad_alloc|"
+                           "Storage size calculation overflowed")
 CPU_BATCH_TOKENS = 4096  # of a micro-batch: enough for a CPU to be busy
 COMPILE_PAYS = 1e14  # FLOP of a run on the CPU from which compiling (tens of seconds) is worth its time
 
@@ -141,6 +142,8 @@ def choose_batch_size(config: Config, model: nn.Module, device: torch.device, ra
     elif device.type == "cpu":
         if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):  # a system that runs short kills, so nothing is tried
             limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    # a step holds these besides, but not yet a try: the gradients of the micro-batch before it, and two moments
+    held = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(3)]
     for size in range(share, 0, -1):
         if share % size or (device.type == "cpu" and size > max(1, CPU_BATCH_TOKENS // config.model.max_seq_len)):
             continue
@@ -154,6 +157,7 @@ def choose_batch_size(config: Config, model: nn.Module, device: torch.device, ra
                 failed = True
             model.zero_grad(set_to_none=True)
             if not ranks.any(failed):
+                del held
                 return config.with_batch_size(size)
             if device.type == "cuda":
                 torch.cuda.empty_cache()

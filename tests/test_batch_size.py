@@ -1,5 +1,7 @@
 """batch_size auto: the step that was asked for, in micro-batches that fit; and it stays so over a restart."""
 
+import gc
+
 import pytest
 import torch
 from conftest import REPO
@@ -11,6 +13,7 @@ from config.ranks import ALONE, Ranks
 from data.checkpoints import load_checkpoint
 from train import start_run
 
+SHAPE = (3, 977)  # of a weight that nothing else has
 CPU = torch.device("cpu")
 AUTO = ["training.batch_size=auto", "training.gradient_accumulation_steps=null"]
 
@@ -46,12 +49,14 @@ def test_tokens_per_step_says_how_often_to_accumulate():
 
 def found(config, fits, ranks=ALONE, estimate=lambda size: 0.0, message="CUDA out of memory. Tried to allocate 2 GiB"):
     """The batch size and the sizes that were tried on a device where only `fits` windows fit."""
-    model, tried = nn.Linear(2, 2), []
+    model, tried = nn.Linear(*SHAPE[::-1], bias=False), []
 
     def try_it(size):
         assert model.weight.grad is None  # nothing of the try before is left
+        # what a step holds besides is held: gradients of the micro-batch before, two moments
+        assert sum(type(o) is torch.Tensor and o.shape == SHAPE for o in gc.get_objects()) == 3
         tried.append(size)
-        model(torch.ones(1, 2)).sum().backward()
+        model(torch.ones(1, SHAPE[1])).sum().backward()
         if size > fits:
             raise RuntimeError(message)
 
