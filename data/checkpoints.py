@@ -116,11 +116,11 @@ def check_resumable(checkpoint: dict[str, Any], source: Path, config: Config, tr
         free = key in ("dropout", "use_flash_attention")  # no weight depends on these
         if not free and before["model"][key] != value:
             raise UserError(f"{source}: model.{key} is {before['model'][key]} there, but {value} in the config: "
-                            "without --config, the checkpoint's own is used")
+                            "without --config and --set, the checkpoint's own is used")
     kind, other = before["optimizer"]["type"], now["optimizer"]["type"]
     if kind != other:
         raise UserError(f"{source}: optimizer.type is {kind} there, but {other} in the config: they gather different "
-                        "things of the gradients; without --config, the checkpoint's own is used")
+                        "things of the gradients; without --config and --set, the checkpoint's own is used")
     for section, values in now.items():
         changed += [f"{section}.{key} {before[section][key]} -> {value}" for key, value in values.items()
                     if before[section][key] != value and key not in ("show_progress", "output_dir")]
