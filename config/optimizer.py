@@ -33,7 +33,8 @@ class MuonWithAdamW(torch.optim.AdamW):
     """Muon (Jordan et al., 2024) for the matrices `hidden`, AdamW for `groups`, as one optimizer.
 
     Muon's step is the momentum made orthogonal, here of the size that AdamW's steps usually have (Liu et al., 2025,
-    section 2.2). Its learning rate is `share` times that of the first group, its weight decay the same.
+    section 2.2). Its learning rate is `share` times that of the first group, its momentum that group's first beta, its
+    weight decay the same.
     """
 
     def __init__(self, hidden: Sequence[Tensor], share: float, groups: list[dict[str, Any]], **settings: Any) -> None:
@@ -48,7 +49,7 @@ class MuonWithAdamW(torch.optim.AdamW):
     def step(self) -> None:
         """One step of both; none at all where found_inf, float32, (), is not 0, without a wait for the device."""
         first, own = self.param_groups[0], self.muon.param_groups[0]
-        own["lr"], own["weight_decay"] = self.share * first["lr"], first["weight_decay"]
+        own.update(lr=self.share * first["lr"], momentum=first["betas"][0], weight_decay=first["weight_decay"])
         before = [matrix.clone() for matrix in self.hidden]
         super().step()
         self.muon.step()

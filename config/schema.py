@@ -88,7 +88,7 @@ class OptimizerConfig:
     type: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices (Jordan et al., 2024), AdamW for the rest
     learning_rate: PositiveReal = 5e-4
     muon_learning_rate: PositiveReal | None = None  # of Muon's matrices; null: learning_rate
-    adam_beta1: Beta = 0.9
+    adam_beta1: Beta = 0.9  # and the momentum of Muon
     adam_beta2: Beta = 0.95
     adam_epsilon: PositiveReal = 1e-8
     weight_decay: NonNegativeReal = 0.1

@@ -131,31 +131,36 @@ def test_accumulated_gradients_are_those_of_the_big_batch():
 
 
 @OPTIMIZERS
-def test_one_step_is_torchs_own_with_clipping(tiny_config, optimizer):
-    """Against torch's own, fed by hand: clipped gradient of the whole step's mean loss, rate of step 1."""
+def test_the_steps_are_torchs_own_with_clipping(tiny_config, optimizer):
+    """Against torch's own, fed by hand: clipped gradient of the whole step's mean loss, rates of steps 1 and 2."""
     config = tiny_config("model.dropout=0", "optimizer.max_grad_norm=0.1", "optimizer.weight_decay=0.3",
-                         f"optimizer.type={optimizer}", *["optimizer.muon_learning_rate=1e-3"] * (optimizer == "muon"))
+                         "optimizer.adam_beta1=0.8", f"optimizer.type={optimizer}",
+                         *["optimizer.muon_learning_rate=1e-3"] * (optimizer == "muon"))
     tokens = np.random.default_rng(1).integers(0, 512, 3000).astype(np.uint16)
     models = []
     for _ in range(2):
         torch.manual_seed(5)
         models.append(Transformer(config.model))
     run = Run(config, None, models[0], make_optimizer(models[0], config), CPU, token_file(tokens))
-    train_step(run, models[0], total_steps=50)
-    inputs, targets = read_batch(tokens, training_windows(0, 8, 46, config.training.seed), 64, CPU)
-    models[1](inputs, targets).backward()
-    norm = torch.nn.utils.clip_grad_norm_(models[1].parameters(), 0.1)
-    rate = config.optimizer.learning_rate / config.scheduler.warmup_steps
     hidden = [p for p in models[1].layers.parameters() if p.dim() == 2 and optimizer == "muon"]
     rest = [p for p in models[1].parameters() if all(p is not matrix for matrix in hidden)]
-    decays = [0.3 if p.dim() == 2 else 0.0 for p in rest]
-    torch.optim.AdamW([{"params": [p], "weight_decay": decay} for p, decay in zip(rest, decays, strict=True)], lr=rate,
-                      betas=(0.9, 0.95)).step()
+    theirs = [torch.optim.AdamW([{"params": [p], "weight_decay": 0.3 if p.dim() == 2 else 0.0} for p in rest],
+                                betas=(0.8, 0.95))]
     if hidden:
-        torch.optim.Muon(hidden, lr=rate / 3, weight_decay=0.3, adjust_lr_fn="match_rms_adamw").step()
-    assert norm > 0.1 and run.position == 8 and run.iter_num == 1
-    for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)  # of an update of 6e-4
+        theirs.append(torch.optim.Muon(hidden, momentum=0.8, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"))
+    for step in range(2):
+        train_step(run, models[0], total_steps=50)
+        inputs, targets = read_batch(tokens, training_windows(8 * step, 8, 46, config.training.seed), 64, CPU)
+        models[1](inputs, targets).backward()
+        assert torch.nn.utils.clip_grad_norm_(models[1].parameters(), 0.1) > 0.1
+        for own, peak in zip(theirs, (3e-3, 1e-3), strict=False):
+            for group in own.param_groups:
+                group["lr"] = peak * (step + 1) / config.scheduler.warmup_steps
+            own.step()
+            own.zero_grad()
+    assert run.position == 16 and run.iter_num == 2
+    for found, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(found, expected, atol=4e-5, rtol=0)  # of updates of 1.8e-3
 
 
 def test_an_optimizer_that_is_not_here_or_not_the_checkpoints_is_one_line(tiny_config, tmp_path, monkeypatch):
