@@ -36,6 +36,11 @@ def parse_arguments() -> argparse.Namespace:
     if args.num_stories < 0:
         raise UserError(f"--num_stories {args.num_stories}: 0 or more")
     check_overrides(args.overrides)
+    for override in args.overrides:
+        if override.strip().startswith("model."):
+            raise UserError(f"--set {override}: the model is the checkpoint's, and cannot be changed here")
+    if args.out and not args.out.parent.is_dir():
+        raise UserError(f"--out {args.out}: there is no folder {args.out.parent}: make it, or name another file")
     return args
 
 

@@ -147,6 +147,8 @@ def ensure_tokenizer(config: Config, saved: str | None = None, source: Path | No
 def main() -> None:
     config = parse_arguments()
     path = Path(config.data.tokenizer_path).expanduser()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file: name a folder with --output_dir")
     if (path / "tokenizer.json").exists():  # token files and runs may rest on it
         raise UserError(f"{path}: holds a tokenizer already, which is kept: name another folder with --output_dir")
     make_tokenizer(config, path)

@@ -42,7 +42,8 @@ def check_combinations(config: Config, source: str) -> None:
     rules += [
         (t.tokens_per_step is not None or not (auto or steps is None),
          f"training.{'batch_size auto' if auto else 'gradient_accumulation_steps null'} is worked out from training."
-         f"tokens_per_step: set that, such as {128 * micro_batch if auto else 4 * micro_batch}"),
+         f"tokens_per_step: set that, such as {128 * micro_batch if auto else 4 * micro_batch}"
+         + (", and gradient_accumulation_steps to null" if steps is not None else "")),
         (steps is None or not auto,
          f"training.gradient_accumulation_steps {steps} with batch_size auto: it follows from the batch size that is "
          "found, so make it null"),

@@ -329,3 +329,14 @@ def test_out_overwrites_nothing_but_evaluation_json(tmp_path, monkeypatch):
                                       str(tmp_path / "evaluation.json")])
     with pytest.raises(UserError, match="no such checkpoint"):
         evaluate_main()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--set", "model.d_model=32"], "--set model.d_model=32: the model is the checkpoint's"),
+    (["--out", "nowhere/evaluation.json"], "there is no folder nowhere")])
+def test_what_cannot_be_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", "none.pth", *arguments])
+    with pytest.raises(UserError, match=message):
+        evaluate_main()
+    assert not list(tmp_path.iterdir())

@@ -242,6 +242,8 @@ def main() -> int:
     overrides = args.overrides + [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     config = load_config(args.config or CONFIG, overrides)
     chosen = [variant for variant in VARIANTS if variant.title in (BASE.title, *args.variants)]
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a file: name a folder")
     return experiment(config, chosen, args.seeds, args.out)
 
 
