@@ -1,6 +1,6 @@
 """What the machine at hand can do: device, precision, compiler, the layout of weights; found out, not assumed.
 
-The only file of this room that imports torch; `import config` does not load it.
+Imports torch, as ranks.py and optimizer.py of this room do; `import config` loads none of them.
 """
 
 from __future__ import annotations

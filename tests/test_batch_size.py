@@ -28,6 +28,7 @@ def quickstart(*overrides):
 
 @pytest.mark.parametrize(("overrides", "part"), [
     (AUTO, "batch_size auto is worked out from training.tokens_per_step: set that"),
+    (["training.batch_size=auto"], "set that, such as 32768, and gradient_accumulation_steps to null"),
     (["training.batch_size=auto", "training.tokens_per_step=2048"], "gradient_accumulation_steps 1 with batch_size"),
     ([*AUTO, "training.tokens_per_step=1000"], "1000 is not a multiple of 256, model.max_seq_len: it could be 1024"),
     (["training.gradient_accumulation_steps=null"], "gradient_accumulation_steps null is worked out from training."),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from config.hardware import estimate_memory
 from config.schema import ModelConfig
-from model import SEPARATOR, KVCache, Transformer, count_parameters, flash_attention, flops_per_token
+from model import SEPARATOR, KVCache, Transformer, count_parameters, flash_attention, flops_per_token, story_mask
 
 TINY = {"vocab_size": 300, "d_model": 48, "n_layers": 3, "n_heads": 4, "d_ffn": 80, "max_seq_len": 32, "dropout": 0.0}
 
@@ -224,13 +224,15 @@ def test_dropout_acts_in_training_only_and_not_on_the_attention_probabilities():
         assert attention.training and torch.equal(attention(x, cos, sin), attention(x, cos, sin))
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads", "seq_len"), [(4, 4, 300), (4, 2, 128), (4, 1, 7)])
-def test_attention_on_the_cpu_is_the_fused_kernels(heads, kv_heads, seq_len):
-    """Outputs and gradients, several blocks of queries, the last one short, and shared keys and values."""
+def test_attention_on_the_cpu_is_the_fused_kernels(heads, kv_heads, seq_len, masked):
+    """Outputs and gradients, several blocks of queries, the last one short, shared keys and values, masked stories."""
     torch.manual_seed(0)
     inputs = [torch.randn(2, n, seq_len, 16, requires_grad=True) for n in (heads, kv_heads, kv_heads)]
-    ours = flash_attention(*inputs)
-    theirs = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+    mask = story_mask(torch.randint(0, 20, (2, seq_len))) if masked else None
+    ours = flash_attention(*inputs, mask)
+    theirs = F.scaled_dot_product_attention(*inputs, attn_mask=mask, is_causal=not masked, enable_gqa=True)
     weights = torch.randn_like(ours)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
     for own, other in zip(torch.autograd.grad(ours, inputs, weights), torch.autograd.grad(theirs, inputs, weights),

@@ -78,12 +78,25 @@ def test_an_interrupted_run_saves_the_step_at_hand_and_says_how_to_go_on(start_s
     process = start_script("--num_epochs", "1000", "--set", "training.eval_steps=100000", "--set",
                            "training.save_steps=100000")
     assert wait_for_step(process, 6)
-    for _ in range(1 + (status == 129)):  # a closed terminal is told twice, by the shell and by the system
-        process.send_signal(number)
+    process.send_signal(number)
     out, error = finish(process, status)
     checkpoint = load_checkpoint(tmp_path / "checkpoints" / "quickstart" / LATEST)
     assert f"stopped at step {checkpoint['iter_num']:,} of" in out and "--checkpoint" in out
     assert checkpoint["iter_num"] >= 6 and "stopping after this step" in error
+
+
+@ON_POSIX
+def test_a_closed_terminal_may_be_told_twice(monkeypatch):
+    """By the shell and by the system: the step at hand is still saved."""
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with deferred_interrupts() as received:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
+        assert received == [signal.SIGHUP] * 2
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(("second", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -68,3 +68,13 @@ def test_a_signal_while_the_script_is_importing_ends_it_in_one_line(tmp_path, sc
     done = subprocess.run([sys.executable, str(REPO / script)], cwd=tmp_path, capture_output=True, encoding="utf-8",
                           env={**os.environ, "PYTHONPATH": str(slow.parent)})
     assert (done.returncode, done.stdout, done.stderr) == (status, "", "\nstopped\n")
+
+
+@pytest.mark.parametrize(("given", "spin_count"), [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"),
+                                                   ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
+def test_waiting_threads_are_told_to_give_way_unless_the_user_says_otherwise(given, spin_count):
+    plain = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = "import os; from config.cli import check_first; check_first(list); print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env={**plain, **given}, capture_output=True,
+                          encoding="utf-8", check=True)
+    assert done.stdout == spin_count + "\n"
