@@ -26,7 +26,7 @@ def check_combinations(config: Config, source: str, origins: Mapping[str, str]) 
          f"d_model could be {divisible_width(m)}"),
         (m.n_heads % m.kv_heads == 0,
          f"model.n_heads {m.n_heads} is not divisible by model.n_kv_heads {m.kv_heads}: "
-         f"n_kv_heads can be {', '.join(str(k) for k in range(1, m.n_heads + 1) if m.n_heads % k == 0)}"),
+         f"n_kv_heads can be {', '.join(str(k) for k in range(1, min(m.n_heads, 1000) + 1) if m.n_heads % k == 0)}"),
         (m.rotary_dim % 2 == 0,
          f"model.rope_percentage {m.rope_percentage:g} of a head of {m.head_dim} dimensions (model.d_model {m.d_model} "
          f"/ model.n_heads {m.n_heads}) rotates {m.rotary_dim}, an odd number: rotation works on pairs, choose a share "

@@ -200,6 +200,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises UserError, one line: the file, the key path, what was found, what is allowed, the nearest known name.
     """
     path = Path(path)
+    if path.is_dir():
+        files = sorted(file.name for file in path.iterdir() if file.suffix in (".yaml", ".yml"))
+        raise UserError(f"--config {path}: a folder; name a YAML file in it"
+                        + (f": {one_line(', '.join(files))}" if files else ", there is none yet"))
     if not path.is_file():
         near = difflib.get_close_matches(path.stem, [p.stem for p in (REPO / "config").glob("*.yaml")], 1, 0.5)
         raise UserError(f"--config {path}: no such file" + (f"; did you mean config/{near[0]}.yaml?" if near else ""))

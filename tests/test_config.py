@@ -113,6 +113,7 @@ def test_a_wrong_override_names_itself(override, part):
 
 @pytest.mark.parametrize(("overrides", "named", "part"), [
     (["model.d_model=450"], "--set model.d_model=450", "model.d_model 450 is not divisible"),
+    (["model.n_heads=1000000000000"], "--set model.n_heads=1000000000000", "not divisible"),  # told soon, too
     (["model.n_heads=5", "training.seed=1"], "--set model.n_heads=5", "model.n_heads 5"),
     (["scheduler.min_lr=1", "optimizer.learning_rate=5e-1"], "--set scheduler.min_lr=1, --set optimizer.learning_rate="
      "5e-1", "scheduler.min_lr 1"),
@@ -140,6 +141,16 @@ def test_overrides_win_and_the_last_one_wins(tmp_path):
 
 def test_a_missing_file_names_the_nearest():
     assert "config/stories15M.yaml" in error_line(Path("stories15.yaml"))
+
+
+def test_a_folder_is_no_missing_file_and_its_yaml_files_are_named(tmp_path):
+    assert error_line(tmp_path) == f"--config {tmp_path}: a folder; name a YAML file in it, there is none yet"
+    for name in ("tom.yml", "lily.yaml", "story.txt"):
+        (tmp_path / name).write_text("", encoding="utf-8")
+    assert error_line(tmp_path).endswith(": a folder; name a YAML file in it: lily.yaml, tom.yml")
+    for number in range(100):
+        (tmp_path / f"{number}.yaml").write_text("", encoding="utf-8")
+    assert len(error_line(tmp_path)) < 200 + len(str(tmp_path))
 
 
 def test_a_config_comes_back_from_plain_values():
