@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, UserError, check_overrides, config_from_dict, run_script
-from config.cli import Parser, check_first
+from config.cli import Parser, check_first, not_negative
 
 NUM_STORIES = 200
 
@@ -27,14 +27,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="a .pth file (default: the newest under checkpoints/)")
     parser.add_argument("--data", metavar="FILE", help="only score this text, a file, folder or glob, byte for byte: "
                         "models with different tokenizers compare in bits per byte")
-    parser.add_argument("--num_stories", type=int, default=NUM_STORIES, help="told, and held against as many real ones;"
-                        " 0: none (%(default)s)")
+    parser.add_argument("--num_stories", type=not_negative, default=NUM_STORIES, help="told, and held against as many "
+                        "real ones; 0: none (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all of it, with the stories, as JSON")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE",
                         help="override one value of the checkpoint's config; may be given many times")
     args = parser.parse_args()
-    if args.num_stories < 0:
-        raise UserError(f"--num_stories {args.num_stories}: 0 or more")
     check_overrides(args.overrides)
     for override in args.overrides:
         if override.strip().startswith("model."):

@@ -37,13 +37,15 @@ BAD = [(script, arguments, part) for script in SCRIPTS for arguments, part in (
 BAD += [(script, arguments, part) for script in ("train.py", "train_custom_tokenizer.py") for arguments, part in (
     (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"), (["--config", "bad.yaml"], "bad.yaml, line"),
     (["--config", "unknown.yaml"], "did you mean d_model?"), (["--set", "training.batch_size"], "section.key"))]
-BAD += [("train.py", ["--num_epochs", "0"], "--num_epochs"),
-        ("train.py", ["--resume", "--checkpoint", "x"], "--resume"),
+BAD += [("train.py", ["--resume", "--checkpoint", "x"], "--resume"),
         ("train.py", ["--checkpoint", "x.pth", "--set", "model.d_modl=1"], "did you mean d_model?"),
         ("generate.py", ["--temperature", "hot"], "error: --temperature hot: "),
-        ("generate.py", ["--num_samples", "0"], "--num_samples 0"), ("generate.py", ["--device", "tpu"], "--device"),
-        ("evaluate.py", ["--num_stories", "-1"], "--num_stories -1"),
-        ("train_custom_tokenizer.py", ["--max_samples", "0"], "--max_samples")]
+        ("generate.py", ["--device", "tpu"], "--device")]
+BAD += [(script, [flag, text], f"{flag}: found {text!r}, expected a whole number, at least {least}")
+        for script, flag, least in (
+            ("train.py", "--num_epochs", 1), ("train_custom_tokenizer.py", "--max_samples", 1),
+            ("generate.py", "--num_samples", 1), ("evaluate.py", "--num_stories", 0))
+        for text in ("x", str(least - 1))]
 
 
 @pytest.mark.parametrize(("script", "arguments", "part"), BAD)
