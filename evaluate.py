@@ -161,12 +161,16 @@ def tell_passages(model: Transformer, tokenizer: Tokenizer, config: Config, prom
 
 def compare_stories(model: Transformer, tokenizer: Tokenizer, config: Config, train_file: TokenFile,
                     validation: TokenFile, num_stories: int) -> dict[str, Any]:
-    """Tell num_stories, and hold them against as many validation stories with the same beginning cut off."""
+    """Tell num_stories, or as many as there are references for, and hold them against as many validation stories with
+    the same beginning cut off."""
     real = list(read_stories(validation, tokenizer, CHOOSE_FROM))
     pairs = choose_references(real, config.sampling.prompts, num_stories)
     if not pairs:
         raise UserError(f"{validation.path}: no story in it is long enough to be a yardstick: --num_stories 0 leaves "
                         "the comparison out")
+    if len(pairs) < num_stories:
+        print(f"\nnote: {len(pairs):,} stories, not {num_stories:,}: each is held against a real one with its "
+              f"beginning, and of the {len(real):,} validation stories looked at no more have one of the beginnings")
     references = [cut_reference(prompt, story, tokenizer, config.sampling.max_new_tokens) for prompt, story in pairs]
     passages = tell_passages(model, tokenizer, config, [prompt for prompt, _ in pairs])
     learned = learn(read_stories(train_file, tokenizer, LEARN_FROM))
