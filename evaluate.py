@@ -52,6 +52,7 @@ from tqdm import tqdm
 from config.files import replacing
 from config.hardware import choose_compute, choose_device, choose_precision
 from config.ranks import ALONE, Ranks
+from config.values import counted
 from data.checklist import check_likelihood, check_run
 from data.checkpoints import load_checkpoint, newest_checkpoint
 from data.likelihood import measure_likelihood
@@ -169,7 +170,7 @@ def compare_stories(model: Transformer, tokenizer: Tokenizer, config: Config, tr
         raise UserError(f"{validation.path}: no story in it is long enough to be a yardstick: --num_stories 0 leaves "
                         "the comparison out")
     if len(pairs) < num_stories:
-        print(f"\nnote: {len(pairs):,} stories, not {num_stories:,}: each is held against a real one with its "
+        print(f"\nnote: {counted(len(pairs), 'story')}, not {num_stories:,}: each is held against a real one with its "
               f"beginning, and of the {len(real):,} validation stories looked at no more have one of the beginnings")
     references = [cut_reference(prompt, story, tokenizer, config.sampling.max_new_tokens) for prompt, story in pairs]
     passages = tell_passages(model, tokenizer, config, [prompt for prompt, _ in pairs])
@@ -223,8 +224,8 @@ def evaluate_checkpoint(config: Config, checkpoint_path: Path, data: str | None 
     if train_file and num_stories:
         compute, _ = choose_compute("auto", device)
         result |= compare_stories(pack(model, compute), tokenizer, config, train_file, validation, num_stories)
-        print(f"\n{len(result['stories'])} stories, and as many of the validation split with the same beginnings; the "
-              f"beginning counts for neither\n\n{format_table(result['table'])}")
+        print(f"\n{counted(len(result['stories']), 'story')}, and as many of the validation split with the same "
+              f"beginnings; the beginning counts for neither\n\n{format_table(result['table'])}")
         for story in result["stories"][:3]:
             print(f"\n{story['prompt']}{story['text']}")
     if out:

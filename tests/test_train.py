@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -246,6 +248,22 @@ def test_from_stories_to_a_story(tiny_config, tmp_path, capsys):
     assert "größe/tiny: reused" in out.replace("\\", "/") and "train.tiny.bin: reused" in out
     assert "held an earlier run" in out and (folder / "previous" / "best_model.pth").exists()
     assert [entry["loss"] for entry in metrics(folder, "step")] == [entry["loss"] for entry in steps]
+
+
+@pytest.mark.parametrize(("settings", "told"), [
+    (["optimizer.learning_rate=7e-3"], "adamw, learning rate 0.007"),
+    (["optimizer.type=muon", "optimizer.learning_rate=7e-3"], "muon, learning rate 0.007"),
+    (["optimizer.type=muon", "optimizer.muon_learning_rate=0.02"], "muon, learning rate 0.02 (0.003 for what adamw")])
+def test_a_run_of_one_step_says_so_and_what_takes_it(tiny_config, capsys, settings, told):
+    config = tiny_config("training.max_steps=1", "training.batch_size=1", *settings)
+    assert start_run(config, None, None) == 0
+    out = capsys.readouterr().out
+    plan = [line for line in out.splitlines() if line.startswith("plan: ")]
+    assert "(1 window of 64 x 2)" in plan[1] and "1 step in all" in plan[1] and plan[1].count(told) == 1
+    assert "done: 1 step in" in out and "this run has 1 step:" in out  # of which the warm-up would take 5
+    assert not re.search(r"\b1 (?:steps|windows|stories|evaluations)\b", out)
+    with pytest.raises(UserError, match="has done its 1 step already"):
+        start_run(config, None, Path(config.training.output_dir) / LATEST)
 
 
 def weights(path):
