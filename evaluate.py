@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,12 @@ def compare_stories(model: Transformer, tokenizer: Tokenizer, config: Config, tr
 
 def evaluate_checkpoint(config: Config, checkpoint_path: Path, data: str | None = None,
                         num_stories: int = NUM_STORIES, out: Path | None = None) -> None:
-    """Print all that this file finds out about a checkpoint; with `data`, only how likely it finds that text."""
+    """Print all that this file finds out about a checkpoint; with `data`, only how likely it finds that text.
+
+    Of the processes of torchrun the first one does it all, and the others nothing.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
     device, checkpoint = choose_device(config.hardware.device), load_checkpoint(checkpoint_path)
     model = model_from_checkpoint(checkpoint, checkpoint_path, device)
     tokenizer = tokenizer_from_json(checkpoint["tokenizer"], str(checkpoint_path))

@@ -294,6 +294,13 @@ def test_machines_with_different_stories_do_not_train_together(start_script):
         assert "rank 1 has other data or checkpoints than rank 0" in error and "plan: " not in out
 
 
+@ON_POSIX
+def test_only_one_of_several_processes_evaluates(start_script):
+    finish(start_script("--set", "training.max_steps=2"))
+    out, _ = finish(start_script("--eval_only", before=TORCHRUN))
+    assert out.count("label alignment: ") == 1 and out.count("articles per 100 words") == 1
+
+
 def test_two_programs_that_pretokenize_at_once_do_not_harm_each_other(start_script, tmp_path):
     processes = [start_script("--set", "training.max_steps=1", "--set", f"training.output_dir=run{i}") for i in (1, 2)]
     counts = [[line for line in finish(process)[0].splitlines() if "stories, " in line] for process in processes]
