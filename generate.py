@@ -437,7 +437,8 @@ def main() -> None:
     sampling = change_settings(config_from_dict(checkpoint["config"], str(path)).sampling, args.settings, "--{} {}")
     tokenizer = tokenizer_from_json(checkpoint["tokenizer"], str(path))
     encode_prompts(tokenizer, prompts, checkpoint["config"]["model"]["max_seq_len"])  # told before a file is opened
-    loss, whose = checkpoint["best_val_loss"], "" if path.name == "best_model.pth" else "best of its run so far, "
+    over = "" if checkpoint.get("completed") == checkpoint["iter_num"] else " so far"
+    loss, whose = checkpoint["best_val_loss"], "" if path.name == "best_model.pth" else f"best of its run{over}: "
     print(f"{path}: step {checkpoint['iter_num']:,}, epoch {checkpoint['epoch']:.2f}, {whose}validation loss "
           f"{loss:.3f}", file=sys.stderr)
     if loss > GOOD_LOSS:
