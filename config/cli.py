@@ -124,6 +124,7 @@ def one_line_errors() -> Iterator[None]:
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))  # all is tidied; Python itself still leaves
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
 

@@ -72,6 +72,29 @@ def test_a_signal_while_the_script_is_importing_ends_it_in_one_line(tmp_path, sc
     assert (done.returncode, done.stdout, done.stderr) == (status, "", "\nstopped\n")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a process cannot be sent signals there")
+def test_a_second_ctrl_c_while_python_leaves_is_no_second_message(tmp_path):
+    """It comes into something that is thrown away last, as a file lock is."""
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(REPO)!r})
+from config.cli import run_script
+
+class Late:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000): pass
+
+def main():
+    late = Late()
+    raise KeyboardInterrupt
+
+run_script(main)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, encoding="utf-8",
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nstopped\n")
+
+
 @pytest.mark.parametrize(("given", "spin_count"), [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"),
                                                    ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
 def test_waiting_threads_are_told_to_give_way_unless_the_user_says_otherwise(given, spin_count):
