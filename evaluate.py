@@ -12,12 +12,13 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from config import Config, UserError, check_overrides, config_from_dict, run_script
-from config.cli import Parser, check_first
+from config.cli import Parser, check_first, not_negative
 
 NUM_STORIES = 200
 
@@ -27,14 +28,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="a .pth file (default: the newest under checkpoints/)")
     parser.add_argument("--data", metavar="FILE", help="only score this text, a file, folder or glob, byte for byte: "
                         "models with different tokenizers compare in bits per byte")
-    parser.add_argument("--num_stories", type=int, default=NUM_STORIES, help="told, and held against as many real ones;"
-                        " 0: none (%(default)s)")
+    parser.add_argument("--num_stories", type=not_negative, default=NUM_STORIES, help="told, and held against as many "
+                        "real ones; 0: none (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write all of it, with the stories, as JSON")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE",
                         help="override one value of the checkpoint's config; may be given many times")
     args = parser.parse_args()
-    if args.num_stories < 0:
-        raise UserError(f"--num_stories {args.num_stories}: 0 or more")
     check_overrides(args.overrides)
     for override in args.overrides:
         if override.strip().startswith("model."):
@@ -54,6 +53,7 @@ from tqdm import tqdm
 from config.files import replacing
 from config.hardware import choose_compute, choose_device, choose_precision
 from config.ranks import ALONE, Ranks
+from config.values import counted
 from data.checklist import check_likelihood, check_run
 from data.checkpoints import load_checkpoint, newest_checkpoint
 from data.likelihood import measure_likelihood
@@ -163,12 +163,16 @@ def tell_passages(model: Transformer, tokenizer: Tokenizer, config: Config, prom
 
 def compare_stories(model: Transformer, tokenizer: Tokenizer, config: Config, train_file: TokenFile,
                     validation: TokenFile, num_stories: int) -> dict[str, Any]:
-    """Tell num_stories, and hold them against as many validation stories with the same beginning cut off."""
+    """Tell num_stories, or as many as there are references for, and hold them against as many validation stories with
+    the same beginning cut off."""
     real = list(read_stories(validation, tokenizer, CHOOSE_FROM))
     pairs = choose_references(real, config.sampling.prompts, num_stories)
     if not pairs:
         raise UserError(f"{validation.path}: no story in it is long enough to be a yardstick: --num_stories 0 leaves "
                         "the comparison out")
+    if len(pairs) < num_stories:
+        print(f"\nnote: {counted(len(pairs), 'story')}, not {num_stories:,}: each is held against a real one with its "
+              f"beginning, and of the {len(real):,} validation stories looked at no more have one of the beginnings")
     references = [cut_reference(prompt, story, tokenizer, config.sampling.max_new_tokens) for prompt, story in pairs]
     passages = tell_passages(model, tokenizer, config, [prompt for prompt, _ in pairs])
     learned = learn(read_stories(train_file, tokenizer, LEARN_FROM))
@@ -183,7 +187,12 @@ def compare_stories(model: Transformer, tokenizer: Tokenizer, config: Config, tr
 
 def evaluate_checkpoint(config: Config, checkpoint_path: Path, data: str | None = None,
                         num_stories: int = NUM_STORIES, out: Path | None = None) -> None:
-    """Print all that this file finds out about a checkpoint; with `data`, only how likely it finds that text."""
+    """Print all that this file finds out about a checkpoint; with `data`, only how likely it finds that text.
+
+    Of the processes of torchrun the first one does it all, and the others nothing.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
     device, checkpoint = choose_device(config.hardware.device), load_checkpoint(checkpoint_path)
     model = model_from_checkpoint(checkpoint, checkpoint_path, device)
     tokenizer = tokenizer_from_json(checkpoint["tokenizer"], str(checkpoint_path))
@@ -221,8 +230,8 @@ def evaluate_checkpoint(config: Config, checkpoint_path: Path, data: str | None 
     if train_file and num_stories:
         compute, _ = choose_compute("auto", device)
         result |= compare_stories(pack(model, compute), tokenizer, config, train_file, validation, num_stories)
-        print(f"\n{len(result['stories'])} stories, and as many of the validation split with the same beginnings; the "
-              f"beginning counts for neither\n\n{format_table(result['table'])}")
+        print(f"\n{counted(len(result['stories']), 'story')}, and as many of the validation split with the same "
+              f"beginnings; the beginning counts for neither\n\n{format_table(result['table'])}")
         for story in result["stories"][:3]:
             print(f"\n{story['prompt']}{story['text']}")
     if out:

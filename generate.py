@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import UserError, config_from_dict, run_script
-from config.cli import Parser, check_first
+from config.cli import Parser, check_first, positive
 from config.schema import SamplingConfig, change_settings
 
 SETTINGS = [field.name for field in dataclasses.fields(SamplingConfig) if field.name != "prompts"]
@@ -46,14 +46,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repetition_penalty", help="above 1: tokens that are there already become less likely")
     parser.add_argument("--max_new_tokens", help="at most so many tokens after the prompt")
     parser.add_argument("--seed", help="story i of a prompt is drawn with seed + i")
-    parser.add_argument("--num_samples", type=int, default=1, help="how many stories of each prompt (%(default)s)")
+    parser.add_argument("--num_samples", type=positive, default=1, help="how many stories of each prompt (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a line of JSON for each story to a new file")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     parser.add_argument("--compute", choices=("auto", "float32", "bf16", "int8"), default="auto",
                         help="auto: bf16 where the device is faster with it, else float32; int8: 8-bit weights")
     args = parser.parse_args()
-    if args.num_samples < 1 or (args.interactive and args.num_samples > 1):
-        raise UserError(f"--num_samples {args.num_samples}: at least 1, and with --interactive just 1")
+    if args.interactive and args.num_samples > 1:
+        raise UserError(f"--num_samples {args.num_samples}: with --interactive just 1")
     args.settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     change_settings(SamplingConfig(), args.settings, "--{} {}")  # for its errors
     return args
@@ -437,7 +437,8 @@ def main() -> None:
     sampling = change_settings(config_from_dict(checkpoint["config"], str(path)).sampling, args.settings, "--{} {}")
     tokenizer = tokenizer_from_json(checkpoint["tokenizer"], str(path))
     encode_prompts(tokenizer, prompts, checkpoint["config"]["model"]["max_seq_len"])  # told before a file is opened
-    loss, whose = checkpoint["best_val_loss"], "" if path.name == "best_model.pth" else "best of its run so far, "
+    over = "" if checkpoint.get("completed") == checkpoint["iter_num"] else " so far"
+    loss, whose = checkpoint["best_val_loss"], "" if path.name == "best_model.pth" else f"best of its run{over}: "
     print(f"{path}: step {checkpoint['iter_num']:,}, epoch {checkpoint['epoch']:.2f}, {whose}validation loss "
           f"{loss:.3f}", file=sys.stderr)
     if loss > GOOD_LOSS:

@@ -53,9 +53,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import hardware
-from config.optimizer import make_optimizer
+from config.optimizer import describe_optimizer, make_optimizer
 from config.ranks import ALONE, Ranks, join_ranks
 from config.schedule import learning_rate, schedule_notes
+from config.values import counted
 from data.checkpoints import BEST, CARRIED, LATEST, RunFolder, check_resumable, hold_folder, load_checkpoint
 from data.tokens import TokenFile, count_windows, dropout_seed, prepare_tokens, read_batch, training_windows
 from evaluate import describe_evaluation, evaluate, evaluate_checkpoint, sample_stories
@@ -311,7 +312,7 @@ def train(run: Run, validation: TokenFile, total_steps: int) -> int:
               f"  python train.py --checkpoint {shlex.quote(str(run.folder.path / LATEST))}")
         return 128 + (signals or [signal.SIGTERM])[0]
     if run.iter_num < total_steps:
-        print(f"stopped early: {run.evaluations_without_gain} evaluations without a better loss")
+        print(f"stopped early: {counted(run.evaluations_without_gain, 'evaluation')} without a better loss")
     return 0
 
 
@@ -319,16 +320,17 @@ def prepare_device(run: Run, total_steps: int) -> Callable[[Tensor, Tensor], Ten
     """Choose precision, batch size and compilation, and print the plan. Returns the forward to train with."""
     hardware.keep_freed_memory()
     run.precision, precision_note = hardware.choose_precision(run.device, run.config.training.use_bf16, run.ranks)
-    bf16 = run.precision is not contextlib.nullcontext
+    bf16, found = run.precision is not contextlib.nullcontext, run.config.training.batch_size == "auto"
     run.config = hardware.choose_batch_size(run.config, run.model, run.device, run.ranks, bf16,
                                             lambda size: try_batch(run, run.model, size))
     training, m, windows = run.config.training, run.config.model, run.config.step_windows
     flops, remaining = flops_per_token(run.model), total_steps - run.iter_num
     plan = [f"{count_parameters(run.model):,} parameters, {flops / 1e6:.1f} MFLOP per training token, about "
             f"{hardware.estimate_memory(run.model, training.batch_size, bf16) / 2**30:.1f} GiB of memory",
-            f"{windows * m.max_seq_len:,} tokens a step ({training.batch_size} windows of {m.max_seq_len} x "
-            f"{training.gradient_accumulation_steps}), {run.num_windows / windows:,.1f} steps an epoch, "
-            f"{total_steps:,} steps in all ({total_steps * windows / run.num_windows:.2f} epochs)"]
+            f"{windows * m.max_seq_len:,} tokens a step ({counted(training.batch_size, 'window')} of {m.max_seq_len}"
+            f"{', found by auto,' if found else ''} x {training.gradient_accumulation_steps}), "
+            f"{run.num_windows / windows:,.1f} steps an epoch, {counted(total_steps, 'step')} in all "
+            f"({total_steps * windows / run.num_windows:.2f} epochs), {describe_optimizer(run.config)}"]
     notes = schedule_notes(run.config, total_steps, run.iter_num, run.optimizer.param_groups[0]["lr"])
     print(*(f"plan: {line}" for line in plan), *(f"note: {note}" for note in notes), sep="\n")
     forward, compile_note = hardware.choose_compile(
@@ -389,7 +391,7 @@ def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | 
         remaining = training.num_epochs * run.num_windows - run.position
         total_steps = training.max_steps or run.iter_num + max(0, math.ceil(remaining / run.config.step_windows))
         if run.iter_num and is_over(run, total_steps) and run.completed == run.iter_num:
-            message = (f"{checkpoint_path}: has done its {run.iter_num:,} steps already: raise "
+            message = (f"{checkpoint_path}: has done its {counted(run.iter_num, 'step')} already: raise "
                        f"{longer_by(run, total_steps)} to go on, or tell stories with generate.py")
             if resume:
                 print(message)
@@ -415,8 +417,8 @@ def say_goodbye(run: Run, seconds: float, longer: str, config_path: Path | None)
     stories = sorted(tell_stories(run.model.eval(), run.tokenizer, [sampling.prompts[0]] * 4, sampling, seeds))
     story = next((story for story in stories if story.ended), stories[0])
     best, latest = (shlex.quote(str(run.folder.path / name)) for name in (BEST, LATEST))
-    print(f"\ndone: {run.iter_num:,} steps in {seconds / 60:.1f} minutes, best validation loss {run.best_val_loss:.4f}"
-          f"\n\n{story.text}\n\nnext:\n  python generate.py --checkpoint {best} --num_samples 3")
+    print(f"\ndone: {counted(run.iter_num, 'step')} in {seconds / 60:.1f} minutes, best validation loss "
+          f"{run.best_val_loss:.4f}\n\n{story.text}\n\nnext:\n  python generate.py --checkpoint {best} --num_samples 3")
     if longer == "--num_epochs":
         print(f"  python train.py --checkpoint {latest} --num_epochs {run.config.training.num_epochs + 1}")
     if config_path in (None, QUICKSTART):

@@ -35,11 +35,16 @@ def add_config_arguments(parser: argparse.ArgumentParser, default: Path) -> None
                         help="override one value of the YAML; may be given many times")
 
 
-def positive(text: str) -> int:
-    """The type of a flag that is a whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number, at least 1")
+def positive(text: str, low: int = 1) -> int:
+    """The type of a flag that is a whole number from 1, or from `low`, on."""
+    if not text.isdecimal() or int(text) < low:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number, at least {low}")
     return int(text)
+
+
+def not_negative(text: str) -> int:
+    """The type of a flag that is a whole number from 0 on."""
+    return positive(text, low=0)
 
 
 @contextlib.contextmanager
@@ -119,6 +124,7 @@ def one_line_errors() -> Iterator[None]:
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))  # all is tidied; Python itself still leaves
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
 

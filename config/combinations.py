@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import math
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from config.cli import UserError
 
 if TYPE_CHECKING:
-    from config.schema import Config
+    from config.schema import Config, ModelConfig
 
 
-def check_combinations(config: Config, source: str) -> None:
-    """Raise UserError where keys do not go together: the keys, what was found, what must hold, what to do."""
+def check_combinations(config: Config, source: str, origins: Mapping[str, str]) -> None:
+    """Raise UserError where keys do not go together: the keys, what was found, what must hold, what to do.
+
+    `origins` names, for a key path, the --set that its value came from. Those of the keys in question are named first.
+    """
     m, data, opt, sched, t = config.model, config.data, config.optimizer, config.scheduler, config.training
     auto = t.batch_size == "auto"
     micro_batch, steps = m.max_seq_len * (1 if auto else t.batch_size), t.gradient_accumulation_steps
     rules = [
         (m.d_model % m.n_heads == 0,
          f"model.d_model {m.d_model} is not divisible by model.n_heads {m.n_heads}: "
-         f"d_model could be {math.ceil(m.d_model / m.n_heads) * m.n_heads}"),
+         f"d_model could be {divisible_width(m)}"),
         (m.n_heads % m.kv_heads == 0,
          f"model.n_heads {m.n_heads} is not divisible by model.n_kv_heads {m.kv_heads}: "
-         f"n_kv_heads can be {', '.join(str(k) for k in range(1, m.n_heads + 1) if m.n_heads % k == 0)}"),
+         f"n_kv_heads can be {', '.join(str(k) for k in range(1, min(m.n_heads, 1000) + 1) if m.n_heads % k == 0)}"),
         (m.rotary_dim % 2 == 0,
-         f"model.rope_percentage {m.rope_percentage:g} of a head of {m.head_dim} dimensions rotates {m.rotary_dim}, an "
-         "odd number: rotation works on pairs, choose a share that gives an even number"),
+         f"model.rope_percentage {m.rope_percentage:g} of a head of {m.head_dim} dimensions (model.d_model {m.d_model} "
+         f"/ model.n_heads {m.n_heads}) rotates {m.rotary_dim}, an odd number: rotation works on pairs, choose a share "
+         "that gives an even number"),
         (data.max_seq_len in (None, m.max_seq_len),
          f"data.max_seq_len {data.max_seq_len} differs from model.max_seq_len {m.max_seq_len}: make them equal, or "
          "leave data.max_seq_len null"),
@@ -57,4 +62,14 @@ def check_combinations(config: Config, source: str) -> None:
     ]
     for holds, message in rules:
         if not holds:
-            raise UserError(f"{source}: {message}")
+            named = set(re.findall(r"[\w.]+", message))
+            given = [origin for path, origin in origins.items() if {path, path.partition(".")[2]} & named]
+            where = f"{', '.join(given)} with {source}" if given else source
+            raise UserError(f"{where}: {message}")
+
+
+def divisible_width(m: ModelConfig) -> int:
+    """The next d_model that n_heads divides and of whose heads rope_percentage rotates an even number."""
+    head = -(-m.d_model // m.n_heads)  # rounded up
+    passes = (width for width in range(head, head + 1000) if round(width * m.rope_percentage) % 2 == 0)
+    return next(passes, head) * m.n_heads

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from config.cli import UserError
 from config.ranks import ALONE, Ranks
 from config.schema import Config
-from config.values import one_line
+from config.values import counted, one_line
 
 # dense bf16 FLOP/s with float32 accumulation, from the vendors' data sheets, by a part of torch's device name
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12,
@@ -48,8 +48,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device(name)
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if processes > gpus:
-        raise UserError(f"torchrun: {processes} processes on this machine, but it has {gpus} GPUs, and each process "
-                        f"needs its own: --nproc_per_node={gpus}")
+        raise UserError(f"torchrun: {processes} processes on this machine, but it has {counted(gpus, 'GPU')}, and each "
+                        f"process needs its own: --nproc_per_node={gpus}")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     return device

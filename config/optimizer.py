@@ -29,6 +29,14 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     return MuonWithAdamW(hidden, share, groups, **settings) if hidden else torch.optim.AdamW(groups, **settings)
 
 
+def describe_optimizer(config: Config) -> str:
+    """Its name and peak learning rate; with Muon two rates, where they differ."""
+    opt = config.optimizer
+    if opt.type == "adamw" or opt.muon_learning_rate in (None, opt.learning_rate):
+        return f"{opt.type}, learning rate {opt.learning_rate:g}"
+    return f"muon, learning rate {opt.muon_learning_rate:g} ({opt.learning_rate:g} for what adamw does)"
+
+
 class MuonWithAdamW(torch.optim.AdamW):
     """Muon (Jordan et al., 2024) for the matrices `hidden`, AdamW for `groups`, as one optimizer.
 

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config.cli import UserError
 from config.schema import Config
-from config.values import one_line
+from config.values import counted, one_line
 
 PATIENCE = datetime.timedelta(hours=1)  # that ranks wait for one another: the first may be writing token files
 
@@ -75,7 +75,8 @@ class Ranks:
         if (steps or config.step_windows) % self.count:
             raise UserError(
                 (f"training.gradient_accumulation_steps {steps}" if steps else
-                 f"training.tokens_per_step {config.training.tokens_per_step}, {config.step_windows} windows,")
+                 f"training.tokens_per_step {config.training.tokens_per_step}, "
+                 f"{counted(config.step_windows, 'window')},")
                 + f" cannot be shared out to {self.count} processes: make it a multiple of that"
                 + (", and batch_size so much smaller that their product, the windows of a step, stays what it is"
                    if steps else " in windows"))

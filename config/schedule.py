@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from config.schema import Config, SchedulerConfig
+from config.values import counted
 
 
 def learning_rate(step: int, peak: float, total_steps: int, scheduler: SchedulerConfig) -> float:
@@ -25,15 +26,16 @@ def schedule_notes(config: Config, total_steps: int, step: int = 0, rate: float 
     step and rate: of the last step done, where a run goes on.
     """
     scheduler, peak, notes = config.scheduler, config.optimizer.learning_rate, []
+    steps = counted(total_steps, "step")
     if scheduler.warmup_steps >= total_steps:
-        notes.append(f"scheduler.warmup_steps is {scheduler.warmup_steps:,}, but this run has {total_steps:,} steps: "
-                     "the learning rate only rises")
+        notes.append(f"scheduler.warmup_steps is {scheduler.warmup_steps:,}, but this run has {steps}: the "
+                     "learning rate only rises")
     if scheduler.lr_decay_iters and scheduler.lr_decay_iters != total_steps and scheduler.type != "constant":
         end = learning_rate(total_steps, peak, total_steps, scheduler)
-        notes.append(f"scheduler.lr_decay_iters is {scheduler.lr_decay_iters:,}, but this run has {total_steps:,} steps"
-                     f" and ends at a rate of {end:.1e} (min_lr is {scheduler.min_lr:.1e}); null fits it to the run")
+        notes.append(f"scheduler.lr_decay_iters is {scheduler.lr_decay_iters:,}, but this run has {steps} and "
+                     f"ends at a rate of {end:.1e} (min_lr is {scheduler.min_lr:.1e}); null fits it to the run")
     now = learning_rate(step + 1, peak, total_steps, scheduler)
     if step > scheduler.warmup_steps and now > 1.1 * rate:
-        notes.append(f"the schedule now spans {total_steps:,} steps, so the learning rate goes up from {rate:.1e} to "
-                     f"{now:.1e}: the loss rises at first")
+        notes.append(f"the schedule now spans {steps}, so the learning rate goes up from {rate:.1e} to {now:.1e}: "
+                     "the loss rises at first")
     return notes

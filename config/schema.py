@@ -200,6 +200,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises UserError, one line: the file, the key path, what was found, what is allowed, the nearest known name.
     """
     path = Path(path)
+    if path.is_dir():
+        files = sorted(file.name for file in path.iterdir() if file.suffix in (".yaml", ".yml"))
+        raise UserError(f"--config {path}: a folder; name a YAML file in it"
+                        + (f": {one_line(', '.join(files))}" if files else ", there is none yet"))
     if not path.is_file():
         near = difflib.get_close_matches(path.stem, [p.stem for p in (REPO / "config").glob("*.yaml")], 1, 0.5)
         raise UserError(f"--config {path}: no such file" + (f"; did you mean config/{near[0]}.yaml?" if near else ""))
@@ -212,8 +216,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def config_from_dict(values: Any, source: str, overrides: Sequence[str] = ()) -> Config:
     """Check nested plain values, as a YAML file or a checkpoint holds them. `source` names them in errors."""
-    config = _build(values, source, overrides)
-    check_combinations(config, source)
+    config, origins = _build(values, source, overrides)
+    check_combinations(config, source, origins)
     training, window = config.training, config.model.max_seq_len
     if training.gradient_accumulation_steps is None and training.batch_size != "auto":
         accumulation = training.tokens_per_step // (training.batch_size * window)
@@ -230,7 +234,8 @@ def check_overrides(overrides: Sequence[str]) -> None:
     _build({}, "", overrides)
 
 
-def _build(values: Any, source: str, overrides: Sequence[str]) -> Config:
+def _build(values: Any, source: str, overrides: Sequence[str]) -> tuple[Config, dict[str, str]]:
+    """The config, each value checked by itself, and by key path the override that a value came from."""
     sections = {field.name: field.default for field in dataclasses.fields(Config)}
     if not isinstance(values, dict):
         raise UserError(f"{source}: expected sections ({', '.join(sections)}), found {show(values)}")
@@ -243,7 +248,7 @@ def _build(values: Any, source: str, overrides: Sequence[str]) -> Config:
         if name not in sections:
             raise UserError(f"{origins.get(name, source)}: {unknown(name, sections, 'section')}")
         built[name] = build_section(type(sections[name]), name, section_values, source, origins)
-    return Config(**built)
+    return Config(**built), origins
 
 
 def change_settings(sampling: SamplingConfig, texts: dict[str, str], origin: str) -> SamplingConfig:

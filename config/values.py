@@ -142,6 +142,12 @@ def show(value: Any) -> str:
     return kind or one_line(repr(value) if isinstance(value, str) else str(value).lower())
 
 
+def counted(number: int, noun: str) -> str:
+    """The number and its noun: 1 step, 2,000 steps, 3 stories."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
 def one_line(value: Any) -> str:
     text = " ".join(str(value).split())
     return text if len(text) <= 120 else text[:117] + "..."

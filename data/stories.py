@@ -17,7 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, Literal
@@ -162,6 +162,8 @@ def _open_rows(title: str, source: str | Path, data: DataConfig) -> dict[str, St
     # its retries are many lines; what comes of them is one
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     saved = isinstance(source, Path)
+    if not (saved or datasets.config.HF_HUB_OFFLINE):
+        _say_who_is_asked(source)
     try:
         loaded = datasets.load_from_disk(str(source)) if saved else datasets.load_dataset(source)
     except Exception as error:  # OSError, ValueError, RuntimeError, DatasetsError, httpx's: they share no nearer base
@@ -183,6 +185,12 @@ def _open_rows(title: str, source: str | Path, data: DataConfig) -> dict[str, St
                     "files": files}
         sources[split] = Stories(str(source), identity, rows.data.nbytes, partial(read_rows, rows, column, where))
     return sources
+
+
+@cache  # once, though each split is opened by itself
+def _say_who_is_asked(source: str) -> None:
+    print(f"stories: asking the hub for {source} (without a connection it gives up after half a minute; "
+          "HF_HUB_OFFLINE=1 asks only for what was downloaded before)", flush=True)
 
 
 def _open_files(title: str, spec: str, data: DataConfig, excluded: list[Path] | None) -> dict[str, Stories]:

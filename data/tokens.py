@@ -26,6 +26,7 @@ from tqdm import tqdm
 from config import UserError
 from config.files import only_one, remove_leftovers, replacing
 from config.schema import DataConfig
+from config.values import counted
 from data.encoding import make_encoder
 from data.stories import Stories, open_stories
 
@@ -140,8 +141,8 @@ def prepare_tokens(data: DataConfig, tokenizer: Tokenizer, split: str, show_prog
 
 def describe_counts(counts: dict[str, int]) -> str:
     """One line: stories, tokens, bytes per token, and the share of articles among the tokens."""
-    stories, tokens = counts["stories"], max(1, counts["tokens"])
-    return (f"{stories:,} stories, {counts['tokens']:,} tokens, {counts['bytes'] / tokens:.2f} bytes per token, "
+    stories, tokens = counted(counts["stories"], "story"), max(1, counts["tokens"])
+    return (f"{stories}, {counts['tokens']:,} tokens, {counts['bytes'] / tokens:.2f} bytes per token, "
             f"articles {100 * counts['article_tokens'] / tokens:.1f}% of tokens (5-9% is healthy)")
 
 

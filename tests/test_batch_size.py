@@ -114,7 +114,7 @@ def test_a_resumed_run_keeps_the_batch_size_that_was_found(tiny_config, tmp_path
     rest = tiny_config(*settings, "training.max_steps=6", "training.output_dir=half")
     monkeypatch.setattr("config.hardware.CPU_BATCH_TOKENS", 4 * 64)
     assert start_run(whole, None, None) == start_run(half, None, None) == 0
-    assert "512 tokens a step (4 windows of 64 x 2)" in capsys.readouterr().out
+    assert "512 tokens a step (4 windows of 64, found by auto, x 2)" in capsys.readouterr().out
     monkeypatch.setattr("config.hardware.CPU_BATCH_TOKENS", 2 * 64)
     assert start_run(rest, None, tmp_path / "half" / "checkpoint_latest.pth") == 0
     ours, theirs = (load_checkpoint(tmp_path / name / "checkpoint_latest.pth") for name in ("half", "whole"))

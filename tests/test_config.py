@@ -111,6 +111,29 @@ def test_a_wrong_override_names_itself(override, part):
     assert line.startswith(f"--set {override}") and part in line
 
 
+@pytest.mark.parametrize(("overrides", "named", "part"), [
+    (["model.d_model=450"], "--set model.d_model=450", "model.d_model 450 is not divisible"),
+    (["model.n_heads=1000000000000"], "--set model.n_heads=1000000000000", "not divisible"),  # told soon, too
+    (["model.n_heads=5", "training.seed=1"], "--set model.n_heads=5", "model.n_heads 5"),
+    (["scheduler.min_lr=1", "optimizer.learning_rate=5e-1"], "--set scheduler.min_lr=1, --set optimizer.learning_rate="
+     "5e-1", "scheduler.min_lr 1"),
+    (["model.d_model=154"], "--set model.d_model=154", "of a head of 22 dimensions"),
+    (["training.tokens_per_step=4096", "optimizer.type=muon"], "--set training.tokens_per_step=4096", "is not"),
+    (["training.batch_size=auto", "training.gradient_accumulation_steps=2", "training.tokens_per_step=4096"],
+     "--set training.batch_size=auto, --set training.gradient_accumulation_steps=2", "with batch_size auto")])
+def test_overrides_that_do_not_go_together_are_named_and_no_others(overrides, named, part):
+    line = error_line(MAIN, *overrides)
+    assert line.startswith(f"{named} with {MAIN}: ") and part in line
+
+
+@pytest.mark.parametrize(("heads", "width", "share"), [
+    (7, 64, 0.5), (4, 130, 0.5), (3, 97, 1.0), (6, 101, 0.3), (8, 4, 0.5), (5, 128, 0.05), (2, 77, 0.0)])
+def test_the_width_that_is_suggested_is_not_refused_in_its_turn(heads, width, share):
+    shape = [f"model.n_heads={heads}", f"model.rope_percentage={share}"]
+    suggested = error_line(MAIN, *shape, f"model.d_model={width}").partition("d_model could be ")[2]
+    assert load_config(MAIN, [*shape, f"model.d_model={suggested}"]).model.d_model == int(suggested) > width
+
+
 def test_overrides_win_and_the_last_one_wins(tmp_path):
     config = load_config(MAIN, ["training.batch_size=8", "training.batch_size=16", "data.validation=null"])
     assert config.training.batch_size == 16 and config.data.validation is None
@@ -118,6 +141,16 @@ def test_overrides_win_and_the_last_one_wins(tmp_path):
 
 def test_a_missing_file_names_the_nearest():
     assert "config/stories15M.yaml" in error_line(Path("stories15.yaml"))
+
+
+def test_a_folder_is_no_missing_file_and_its_yaml_files_are_named(tmp_path):
+    assert error_line(tmp_path) == f"--config {tmp_path}: a folder; name a YAML file in it, there is none yet"
+    for name in ("tom.yml", "lily.yaml", "story.txt"):
+        (tmp_path / name).write_text("", encoding="utf-8")
+    assert error_line(tmp_path).endswith(": a folder; name a YAML file in it: lily.yaml, tom.yml")
+    for number in range(100):
+        (tmp_path / f"{number}.yaml").write_text("", encoding="utf-8")
+    assert len(error_line(tmp_path)) < 200 + len(str(tmp_path))
 
 
 def test_a_config_comes_back_from_plain_values():

@@ -291,6 +291,16 @@ def test_a_checkpoint_is_looked_at_from_all_sides(trained, tmp_path, capsys):
         100 * sum(part for part, _ in articles) / sum(whole for _, whole in articles))
 
 
+def test_fewer_stories_than_asked_for_are_explained(trained, capsys):
+    evaluate_checkpoint(config_of(trained), trained, num_stories=8)
+    assert "note: " not in capsys.readouterr().out
+    evaluate_checkpoint(config_of(trained), trained, num_stories=5000)
+    lines = capsys.readouterr().out.splitlines()
+    told = next(line for line in lines if " stories, and as many of the validation split" in line).split()[0]
+    notes = [line for line in lines if line.startswith("note: ")]
+    assert len(notes) == 1 and f"{told} stories, not 5,000" in notes[0] and 8 < int(told) < 5000
+
+
 def test_any_text_is_scored_on_its_own_bytes(trained, tmp_path, capsys):
     for name, texts in (("plain.txt", "\n<|endoftext|>\n".join(ODD_TEXTS)), ("lines.jsonl", "".join(
             json.dumps({"text": text}) + "\n" for text in ODD_TEXTS))):

@@ -16,7 +16,7 @@ from conftest import REPO
 import generate
 from config import Config, UserError, hardware, run_script
 from config.schema import ModelConfig, SamplingConfig
-from data.checkpoints import save_checkpoint
+from data.checkpoints import load_checkpoint, save_checkpoint
 from data.tokens import END_OF_STORY
 from generate import generate_tokens, main, newest_checkpoint, pack, printer, sample_next, tell_and_print, tell_stories
 from model import Transformer
@@ -404,6 +404,20 @@ def test_the_script_takes_the_newest_checkpoint_and_says_what_it_is(run_generate
     alone = run_generate("--seed", "6")  # streamed, not batched
     assert alone.stdout.strip() == done.stdout.split("\n\n")[1].strip()
     assert run_generate("--seed", "50").stdout != alone.stdout
+
+
+@pytest.mark.parametrize(("name", "completed", "part"), [
+    ("best_model.pth", 0, "epoch 2.50, validation loss 2.750"), ("best_model.pth", 1234, ", validation loss 2.750"),
+    ("checkpoint_latest.pth", 1234, "best of its run: validation loss 2.750"),
+    ("checkpoint_latest.pth", 0, "best of its run so far: validation loss 2.750")])
+def test_whose_loss_it_is_depends_on_whether_the_run_is_over(folder, tmp_path, monkeypatch, capsys, name, completed,
+                                                             part):
+    checkpoint = load_checkpoint(folder / "checkpoints" / "my run" / "best_model.pth")
+    content = {key: value for key, value in checkpoint.items() if key not in ("format", "digest")}
+    save_checkpoint(tmp_path / name, {**content, "completed": completed})
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--device", "cpu", "--checkpoint", str(tmp_path / name)])
+    main()
+    assert part in capsys.readouterr().err
 
 
 def test_prompts_come_from_a_file_and_stories_go_to_a_file(run_generate, folder):

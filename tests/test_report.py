@@ -203,7 +203,7 @@ def test_a_logger_that_is_not_installed_costs_one_line(tiny_config, monkeypatch,
         config = tiny_config(f"training.logger={name}", "training.max_steps=1", "sampling.max_new_tokens=2")
         assert start_run(config, None, None) == 0
         out = capsys.readouterr().out
-        assert out.count("training.logger") == 1 and f"pip install {name}" in out and "done: 1 steps" in out
+        assert out.count("training.logger") == 1 and f"pip install {name}" in out and "done: 1 step in" in out
 
 
 def test_tensorboard_is_told_every_figure(tmp_path, monkeypatch):

@@ -215,13 +215,26 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(tiny_config, tmp_path
     assert kinds == [("evaluation", 10), ("evaluation", 12), ("final", 12)]
 
 
-def test_other_training_tokens_are_refused(tiny_config, tmp_path):
+def test_other_training_tokens_are_refused(tiny_config, tmp_path, stories):
     from config import UserError
     from train import start_run
-    assert start_run(tiny_config("training.max_steps=1", "training.output_dir=run"), None, None) == 0
+
+    def write(*texts):
+        (tmp_path / "mine.txt").write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
+
+    write(*stories)
+    settings = ["data.dataset=mine.txt", "data.validation=sample", "training.output_dir=run", "data.max_stories=null"]
+    assert start_run(tiny_config(*settings, "training.max_steps=1"), None, None) == 0
     before = (tmp_path / "run" / LATEST).read_bytes()
+    cache = {path: path.stat().st_mtime_ns for path in (tmp_path / "data" / "cache").iterdir()}
+    for change, part in (("data.max_stories=200", r"data\.max_stories is null there, but 200 in the config"),
+                         ("data.dataset=sample", r'data\.dataset is "mine.txt" there, but "sample" in the config')):
+        with pytest.raises(UserError, match=part):  # before any work, and what the work would have replaced is there
+            start_run(tiny_config(*settings, change), None, tmp_path / "run" / LATEST)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data" / "cache").iterdir()} == cache
+    write(*stories[1:])
     with pytest.raises(UserError, match="was trained on other stories"):
-        start_run(tiny_config("data.max_stories=200", "training.output_dir=run"), None, tmp_path / "run" / LATEST)
+        start_run(tiny_config(*settings), None, tmp_path / "run" / LATEST)
     assert (tmp_path / "run" / LATEST).read_bytes() == before
 
 
@@ -279,6 +292,13 @@ def test_machines_with_different_stories_do_not_train_together(start_script):
     for process in processes:
         out, error = finish(process, 2)
         assert "rank 1 has other data or checkpoints than rank 0" in error and "plan: " not in out
+
+
+@ON_POSIX
+def test_only_one_of_several_processes_evaluates(start_script):
+    finish(start_script("--set", "training.max_steps=2"))
+    out, _ = finish(start_script("--eval_only", before=TORCHRUN))
+    assert out.count("label alignment: ") == 1 and out.count("articles per 100 words") == 1
 
 
 def test_two_programs_that_pretokenize_at_once_do_not_harm_each_other(start_script, tmp_path):

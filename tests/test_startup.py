@@ -37,13 +37,15 @@ BAD = [(script, arguments, part) for script in SCRIPTS for arguments, part in (
 BAD += [(script, arguments, part) for script in ("train.py", "train_custom_tokenizer.py") for arguments, part in (
     (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"), (["--config", "bad.yaml"], "bad.yaml, line"),
     (["--config", "unknown.yaml"], "did you mean d_model?"), (["--set", "training.batch_size"], "section.key"))]
-BAD += [("train.py", ["--num_epochs", "0"], "--num_epochs"),
-        ("train.py", ["--resume", "--checkpoint", "x"], "--resume"),
+BAD += [("train.py", ["--resume", "--checkpoint", "x"], "--resume"),
         ("train.py", ["--checkpoint", "x.pth", "--set", "model.d_modl=1"], "did you mean d_model?"),
         ("generate.py", ["--temperature", "hot"], "error: --temperature hot: "),
-        ("generate.py", ["--num_samples", "0"], "--num_samples 0"), ("generate.py", ["--device", "tpu"], "--device"),
-        ("evaluate.py", ["--num_stories", "-1"], "--num_stories -1"),
-        ("train_custom_tokenizer.py", ["--max_samples", "0"], "--max_samples")]
+        ("generate.py", ["--device", "tpu"], "--device")]
+BAD += [(script, [flag, text], f"{flag}: found {text!r}, expected a whole number, at least {least}")
+        for script, flag, least in (
+            ("train.py", "--num_epochs", 1), ("train_custom_tokenizer.py", "--max_samples", 1),
+            ("generate.py", "--num_samples", 1), ("evaluate.py", "--num_stories", 0))
+        for text in ("x", str(least - 1))]
 
 
 @pytest.mark.parametrize(("script", "arguments", "part"), BAD)
@@ -68,6 +70,29 @@ def test_a_signal_while_the_script_is_importing_ends_it_in_one_line(tmp_path, sc
     done = subprocess.run([sys.executable, str(REPO / script)], cwd=tmp_path, capture_output=True, encoding="utf-8",
                           env={**os.environ, "PYTHONPATH": str(slow.parent)})
     assert (done.returncode, done.stdout, done.stderr) == (status, "", "\nstopped\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a process cannot be sent signals there")
+def test_a_second_ctrl_c_while_python_leaves_is_no_second_message(tmp_path):
+    """It comes into something that is thrown away last, as a file lock is."""
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(REPO)!r})
+from config.cli import run_script
+
+class Late:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000): pass
+
+def main():
+    late = Late()
+    raise KeyboardInterrupt
+
+run_script(main)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, encoding="utf-8",
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nstopped\n")
 
 
 @pytest.mark.parametrize(("given", "spin_count"), [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"),

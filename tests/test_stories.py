@@ -317,6 +317,18 @@ def test_whatever_the_hub_says_is_one_line(monkeypatch, error):
     assert str(error).split("\n")[0] in error_of(lambda: opened("owner/name"))
 
 
+@pytest.mark.parametrize(("offline", "times"), [(False, 1), (True, 0)])
+def test_what_may_take_a_while_is_said_before_it_is_done_and_once(monkeypatch, capsys, offline, times):
+    import datasets
+    hub(monkeypatch, train={"text": ["A."]}, validation={"text": ["B."]})
+    load, told = datasets.load_dataset, []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: told.append(capsys.readouterr().out) or load(name))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
+    for split in ("train", "validation"):
+        opened(f"somebody/{offline}", split)
+    assert told[0].count(f"stories: asking the hub for somebody/{offline} (") == times and told[1] == ""
+
+
 # ---- splits
 
 

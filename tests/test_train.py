@@ -2,6 +2,11 @@
 
 import json
 import math
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,6 +192,24 @@ def test_compilation_that_fails_falls_back_and_says_so():
     assert choose_compile(model, fail, CPU, "auto", run_flops=1.0)[0] is model  # too short a run: never tried
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_freed_memory_is_not_given_back_only_to_be_zeroed_anew():
+    """In a process of its own: the page faults of 20 buffers of 64 MiB, more than glibc keeps by itself, after as many
+    in which their places settle."""
+    code = """
+import resource, torch
+from config.hardware import keep_freed_memory
+keep_freed_memory()
+faults = []
+for _ in range(41):
+    buffer = torch.empty(2**24).fill_(1.0)
+    del buffer
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[40] - faults[20])"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, encoding="utf-8", check=True)
+    assert int(done.stdout) < 20 * 64 / 2 / 2  # half of what there would be even with pages of 2 MiB
+
+
 # Evaluation
 
 def test_evaluation_is_the_exact_mean_over_the_whole_split(tiny_config, tokenizer, stories):
@@ -246,6 +269,22 @@ def test_from_stories_to_a_story(tiny_config, tmp_path, capsys):
     assert "größe/tiny: reused" in out.replace("\\", "/") and "train.tiny.bin: reused" in out
     assert "held an earlier run" in out and (folder / "previous" / "best_model.pth").exists()
     assert [entry["loss"] for entry in metrics(folder, "step")] == [entry["loss"] for entry in steps]
+
+
+@pytest.mark.parametrize(("settings", "told"), [
+    (["optimizer.learning_rate=7e-3"], "adamw, learning rate 0.007"),
+    (["optimizer.type=muon", "optimizer.learning_rate=7e-3"], "muon, learning rate 0.007"),
+    (["optimizer.type=muon", "optimizer.muon_learning_rate=0.02"], "muon, learning rate 0.02 (0.003 for what adamw")])
+def test_a_run_of_one_step_says_so_and_what_takes_it(tiny_config, capsys, settings, told):
+    config = tiny_config("training.max_steps=1", "training.batch_size=1", *settings)
+    assert start_run(config, None, None) == 0
+    out = capsys.readouterr().out
+    plan = [line for line in out.splitlines() if line.startswith("plan: ")]
+    assert "(1 window of 64 x 2)" in plan[1] and "1 step in all" in plan[1] and plan[1].count(told) == 1
+    assert "done: 1 step in" in out and "this run has 1 step:" in out  # of which the warm-up would take 5
+    assert not re.search(r"\b1 (?:steps|windows|stories|evaluations)\b", out)
+    with pytest.raises(UserError, match="has done its 1 step already"):
+        start_run(config, None, Path(config.training.output_dir) / LATEST)
 
 
 def weights(path):
