@@ -186,10 +186,13 @@ def experiment(config: Config, titles: Sequence[str], minutes: float, seeds: int
             if status := run_variant(made):
                 print(f"stopped: finished runs are in {out}, and the same command goes on from here")
                 return status
-            result = {"variant": title, "minutes": minutes, "speed": speeds[title], **result_of(made)}
+            result = {"variant": title, "name": name_of(title, configs[title]), "minutes": minutes,
+                      "speed": speeds[title], **result_of(made)}
             with replacing(path) as file:
                 file.write(json.dumps(result, indent=1).encode("utf-8"))
-    results = table([json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.run.json"))])
+    names = {name_of(title, configure(config, title, out)) for title in VARIANTS}
+    finished = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.run.json"))]
+    results = table([result for result in finished if result["name"] in names])  # not those of other settings
     with replacing(out / "results.md") as file:
         file.write(results.encode("utf-8"))
     print(f"\n{results}")
@@ -208,6 +211,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("checkpoints/fixed_hour"), metavar="FOLDER",
                         help="where speeds, runs and results.md are kept (%(default)s)")
     args = parser.parse_args()
+    if args.seeds < 1 or not args.minutes > 0:
+        raise UserError(f"--seeds {args.seeds} --minutes {args.minutes:g}: at least one run, of more than 0 minutes")
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a file: name a folder")
     if unknown := [title for title in args.variants if title not in VARIANTS]:
         raise UserError(f"--variants {json.dumps(unknown[0])}: one of {', '.join(map(json.dumps, VARIANTS))}")
     given = {"data.dataset": args.dataset, "data.validation": args.validation}
