@@ -1,0 +1,227 @@
+"""What makes a story model better at a fixed time of training on this machine? One departure from a base at a time.
+
+    python docs/experiments/fixed_hour.py --dataset train.txt --validation valid.txt
+    python docs/experiments/fixed_hour.py --minutes 4 --seeds 1 --variants "wider, 2 layers" "vocabulary 4,000"
+
+First the speed of every variant is measured, in turns, on a machine that does nothing else; the speed times the minutes
+are the tokens that it may train on, so that a busy hour later on disturbs no result. Then train.py's own loop trains
+each. Speeds and finished runs are files in --out and are not made again; Ctrl-C loses no more than the step at hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(REPO))
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from config import Config, UserError, add_config_arguments, config_from_dict, load_config, run_script  # noqa: E402
+from config.cli import Parser  # noqa: E402
+from config.files import replacing  # noqa: E402
+from config.hardware import choose_compile, choose_device, choose_precision, keep_freed_memory  # noqa: E402
+from data.checkpoints import LATEST  # noqa: E402
+from data.report import read_metrics  # noqa: E402
+from model import Transformer, count_parameters  # noqa: E402
+from train import accumulate_gradients, make_optimizer, start_run  # noqa: E402
+
+CONFIG = Path(__file__).with_suffix(".yaml")
+BASE = "base"
+TURNS, TURN_SECONDS = 5, 3.0  # in which the speed is measured
+VARIANTS = {  # title: settings. A step is 2,048 tokens in all of them but those of the batch
+    BASE: (),
+    "wider: 2 layers of 256": ("model.d_model=256", "model.n_layers=2", "model.n_heads=8", "model.d_ffn=688"),
+    "deeper: 8 layers of 128": ("model.d_model=128", "model.n_layers=8", "model.n_heads=4", "model.d_ffn=344"),
+    "smaller: 5 layers of 96": ("model.d_model=96", "model.n_heads=3", "model.d_ffn=256"),
+    "larger: 5 layers of 256": ("model.d_model=256", "model.n_heads=8", "model.d_ffn=688"),
+    "vocabulary 2,000": ("model.vocab_size=2000",),
+    "vocabulary 4,000": ("model.vocab_size=4000",),
+    "context 128": ("model.max_seq_len=128", "training.batch_size=16"),
+    "context 512": ("model.max_seq_len=512", "training.batch_size=4"),
+    "dropout 0.1": ("model.dropout=0.1",),
+    "half of each head rotated": ("model.rope_percentage=0.5",),
+    "tied embeddings": ("model.tie_embeddings=true",),
+    "steps of 4,096 tokens": ("training.batch_size=16",),
+    "steps of 1,024 tokens": ("training.batch_size=4",),
+    "learning rate 4e-3": ("optimizer.learning_rate=4e-3",),
+}
+
+
+# How fast
+
+def make_step(config: Config) -> Callable[[], None]:
+    """A training step on random tokens, which waits for the device at its end."""
+    device = choose_device(config.hardware.device)
+    precision, _ = choose_precision(device, config.training.use_bf16)
+    torch.manual_seed(config.training.seed)
+    model = Transformer(config.model).to(device)
+    optimizer, shape = make_optimizer(model, config), (config.training.batch_size, config.model.max_seq_len)
+    batch = tuple(torch.randint(0, config.model.vocab_size, shape).to(device) for _ in range(2))
+    forward, _ = choose_compile(model, lambda compiled: accumulate_gradients(compiled, precision, [batch]), device,
+                                config.training.use_compile, math.inf)
+
+    def step() -> None:
+        loss = accumulate_gradients(forward, precision, [batch] * config.training.gradient_accumulation_steps)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+    return step
+
+
+def measure_speeds(configs: dict[str, Config], path: Path) -> dict[str, float]:
+    """Of each title, tokens per second: what the file at `path` has, and else by the median step of all turns."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    names = {title: name_of(title, config) for title, config in configs.items()}
+    missing = [title for title, name in names.items() if name not in known]
+    steps = {title: make_step(configs[title]) for title in tqdm(missing, desc="compile", unit="variant")}
+    times = {title: [] for title in missing}
+    for _ in tqdm(range(TURNS if missing else 0), desc="speed", unit="turn"):
+        for title, step in steps.items():
+            step()  # after the others, which have filled the processor's caches
+            start = time.perf_counter()
+            while not times[title] or time.perf_counter() - start < TURN_SECONDS:
+                before = time.perf_counter()
+                step()
+                times[title].append(time.perf_counter() - before)
+    for title in missing:
+        config = configs[title]
+        known[names[title]] = config.step_windows * config.model.max_seq_len / statistics.median(times[title])
+    with replacing(path) as file:
+        file.write(json.dumps(known, indent=1).encode("utf-8"))
+    return {title: known[name] for title, name in names.items()}
+
+
+# A run
+
+def configure(config: Config, title: str, out: Path) -> Config:
+    """The config of a variant. Each size of vocabulary has its own tokenizer."""
+    values = config.to_dict()
+    values["data"]["max_seq_len"] = None  # follows the model's
+    varied = config_from_dict(values, title, VARIANTS[title])
+    tokenizer = out / f"tokenizer_{varied.model.vocab_size}"
+    return config_from_dict(varied.to_dict(), title, [f"data.tokenizer_path={json.dumps(str(tokenizer))}"])
+
+
+def plan(config: Config, steps: int, seed: int) -> Config:
+    """The config of a run: a twentieth of its steps to warm up."""
+    return config_from_dict(config.to_dict(), "a run", [
+        f"training.max_steps={steps}", f"scheduler.warmup_steps={steps // 20}",
+        f"training.seed={config.training.seed + seed}"])
+
+
+def name_of(title: str, config: Config) -> str:
+    """For a file name, and another one for other settings: nothing is taken for what it is not."""
+    values = config.to_dict()
+    for section, key in (("data", "cache_dir"), ("data", "tokenizer_path"), ("training", "output_dir")):
+        del values[section][key]
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode("utf-8")).hexdigest()[:8]
+    return "-".join("".join(c if c.isalnum() else " " for c in f"{title} {config.training.seed} {digest}").split())
+
+
+def run_variant(config: Config) -> int:
+    """Train, or go on, in training.output_dir. Returns the exit status."""
+    latest = Path(config.training.output_dir) / LATEST
+    torch.compiler.reset()
+    return start_run(config, CONFIG, latest if latest.exists() else None, resume=True)
+
+
+def result_of(config: Config) -> dict[str, Any]:
+    """What is kept of a finished run, plain values."""
+    entries = read_metrics(Path(config.training.output_dir) / "metrics.jsonl")
+    last = next(entry for entry in reversed(entries) if entry["type"] == "evaluation")
+    return {"seed": config.training.seed, "steps": config.training.max_steps,
+            "tokens": config.training.max_steps * config.step_windows * config.model.max_seq_len,
+            "parameters": count_parameters(Transformer(config.model)),
+            "bits_per_byte": last["bits_per_byte"], "val_loss": last["val_loss"]}
+
+
+# All of them
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """By minutes, one line a variant: the mean of its seeds, their number and spread, and the distance to the base."""
+    lines = []
+    for minutes in sorted({result["minutes"] for result in results}):
+        runs = {title: [r for r in results if r["minutes"] == minutes and r["variant"] == title] for title in VARIANTS}
+        means = {title: statistics.fmean(r["bits_per_byte"] for r in of) for title, of in runs.items() if of}
+        lines += [f"At {minutes:g} minutes of this machine:", "",
+                  "| variant | parameters | tokens/s | tokens trained | runs | bits per byte | against the base |",
+                  "|---|---|---|---|---|---|---|"]
+        for title in sorted(means, key=means.get):
+            of, first = [r["bits_per_byte"] for r in runs[title]], runs[title][0]
+            spread = f" ({min(of):.4f} to {max(of):.4f})" if len(of) > 1 else ""
+            against = f"{means[title] - means[BASE]:+.4f}" if BASE in means and title != BASE else ""
+            lines.append(f"| {title} | {first['parameters'] / 1e6:.2f}M | {first['speed']:,.0f} | "
+                         f"{first['tokens'] / 1e6:.2f}M | {len(of)} | {means[title]:.4f}{spread} | {against} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def experiment(config: Config, titles: Sequence[str], minutes: float, seeds: int, out: Path) -> int:
+    """Measure and train what is not in `out` yet. Returns the exit status: 0, or 128 + the signal that stopped it."""
+    keep_freed_memory()
+    torch._dynamo.config.recompile_limit = 8 * len(titles)  # all their models are compiled in this one process
+    configs = {title: configure(config, title, out) for title in titles}
+    speeds = measure_speeds(configs, out / "speeds.json")
+    for seed in range(seeds):
+        for title in titles:
+            made, step_tokens = configs[title], configs[title].step_windows * configs[title].model.max_seq_len
+            made = plan(made, max(1, round(speeds[title] * minutes * 60 / step_tokens)), seed)
+            folder = out / name_of(title, made)
+            path = folder.with_suffix(".run.json")
+            if path.exists():
+                continue
+            made = config_from_dict(made.to_dict(), title, [f"training.output_dir={json.dumps(str(folder))}"])
+            print(f"\n== {title}, seed {made.training.seed}: {made.training.max_steps:,} steps", flush=True)
+            if status := run_variant(made):
+                print(f"stopped: finished runs are in {out}, and the same command goes on from here")
+                return status
+            result = {"variant": title, "name": name_of(title, configs[title]), "minutes": minutes,
+                      "speed": speeds[title], **result_of(made)}
+            with replacing(path) as file:
+                file.write(json.dumps(result, indent=1).encode("utf-8"))
+    names = {name_of(title, configure(config, title, out)) for title in VARIANTS}
+    finished = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.run.json"))]
+    results = table([result for result in finished if result["name"] in names])  # not those of other settings
+    with replacing(out / "results.md") as file:
+        file.write(results.encode("utf-8"))
+    print(f"\n{results}")
+    return 0
+
+
+def main() -> int:
+    parser = Parser(description="What makes a story model better at a fixed time of training?")
+    add_config_arguments(parser, CONFIG)
+    parser.add_argument("--dataset", help="data.dataset: tinystories, sample, a hub id, a file or a folder")
+    parser.add_argument("--validation", help="data.validation: another such source, for the validation stories")
+    parser.add_argument("--minutes", type=float, default=60, help="of training, for each run (%(default)s)")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="TITLE",
+                        help="only these: " + ", ".join(f'"{title}"' for title in VARIANTS))
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each, with another seed each (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("checkpoints/fixed_hour"), metavar="FOLDER",
+                        help="where speeds, runs and results.md are kept (%(default)s)")
+    args = parser.parse_args()
+    if args.seeds < 1 or not args.minutes > 0:
+        raise UserError(f"--seeds {args.seeds} --minutes {args.minutes:g}: at least one run, of more than 0 minutes")
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a file: name a folder")
+    if unknown := [title for title in args.variants if title not in VARIANTS]:
+        raise UserError(f"--variants {json.dumps(unknown[0])}: one of {', '.join(map(json.dumps, VARIANTS))}")
+    given = {"data.dataset": args.dataset, "data.validation": args.validation}
+    overrides = args.overrides + [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    config = load_config(args.config or CONFIG, overrides)
+    return experiment(config, args.variants, args.minutes, args.seeds, args.out)
+
+
+if __name__ == "__main__":
+    run_script(main)

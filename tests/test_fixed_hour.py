@@ -1,0 +1,114 @@
+"""docs/experiments/fixed_hour.py: each variant has the same time, runs are kept, and the table tells the outcome."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from conftest import REPO
+
+sys.path.insert(0, str(REPO / "docs" / "experiments"))
+
+import fixed_hour
+
+from data.checkpoints import LATEST
+
+SETTINGS = ["data.max_stories=200", "model.vocab_size=512", "model.d_model=32", "model.n_layers=1", "model.n_heads=1",
+            "model.d_ffn=64", "training.use_bf16=false", "training.use_compile=false", "training.show_progress=false",
+            "sampling.max_new_tokens=4", "hardware.device=cpu", "data.max_seq_len=256"]
+STEP_TOKENS = 2048
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function: arguments -> exit status, in a fresh folder, with 4,096 and 8,192 tokens a second for the speeds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fixed_hour, "TURN_SECONDS", 0.0)
+    clock = {"base": 4096.0, "context 128": 8192.0}
+    monkeypatch.setattr(fixed_hour, "measure_speeds", lambda configs, path: {title: clock[title] for title in configs})
+
+    def start(*arguments: str, variants: tuple[str, ...] = ("base", "context 128")) -> int:
+        overrides = [part for value in SETTINGS for part in ("--set", value)]
+        monkeypatch.setattr(sys, "argv", ["fixed_hour.py", "--dataset", "sample", "--out", "out", "--minutes", "0.05",
+                                          "--variants", *variants, *overrides, *arguments])
+        return fixed_hour.main()
+    return start
+
+
+def kept(folder):
+    return {of["variant"]: of for of in (json.loads(path.read_bytes()) for path in folder.glob("*.run.json"))}
+
+
+def test_each_variant_trains_for_the_same_time_and_only_once(run, tmp_path, monkeypatch, capsys):
+    assert run() == 0
+    results = kept(tmp_path / "out")
+    assert results["base"]["tokens"] == 6 * STEP_TOKENS  # 3 seconds
+    assert results["context 128"]["tokens"] == 12 * STEP_TOKENS
+    table = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    assert all(f"{of['bits_per_byte']:.4f}" in table for of in results.values())
+
+    def never(*_, **__):
+        raise AssertionError("a finished run was trained again")
+    monkeypatch.setattr(fixed_hour, "start_run", never)
+    assert run() == 0
+    assert (tmp_path / "out" / "results.md").read_text(encoding="utf-8") == table
+    with pytest.raises(AssertionError):
+        run("--set", "optimizer.learning_rate=1e-3")
+
+
+def test_a_stopped_run_goes_on_where_it_was(run, tmp_path, monkeypatch, capsys):
+    whole, checkpoints = fixed_hour.start_run, []
+
+    def stopped(config, source, checkpoint, resume):
+        checkpoints.append(checkpoint)
+        if checkpoint is None:  # a first start: what Ctrl-C after three steps leaves
+            half = fixed_hour.config_from_dict(config.to_dict(), "", ["training.max_steps=3"])
+            assert whole(half, source, None) == 0
+            return 130
+        return whole(config, source, checkpoint, resume)
+    monkeypatch.setattr(fixed_hour, "start_run", stopped)
+    assert run(variants=("base",)) == 130
+    assert "the same command goes on" in capsys.readouterr().out
+    assert not kept(tmp_path / "out")
+    assert run(variants=("base",)) == 0
+    assert checkpoints[0] is None and checkpoints[1].name == LATEST
+    assert kept(tmp_path / "out")["base"]["steps"] == 6
+
+
+def test_the_table_has_means_spreads_and_differences():
+    common = {"minutes": 4, "parameters": 1_000_000, "tokens": 2_000_000, "speed": 1000.0}
+    values = [("base", 1.0), ("base", 1.1), ("dropout 0.1", 1.2), ("tied embeddings", 0.9)]
+    lines = fixed_hour.table([{"variant": title, "bits_per_byte": bits, **common} for title, bits in values])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines.splitlines() if "1,000" in line]
+    assert [row[0] for row in rows] == ["tied embeddings", "base", "dropout 0.1"]  # the best first
+    assert [row[5] for row in rows] == ["0.9000", "1.0500 (1.0000 to 1.1000)", "1.2000"]
+    assert [row[6] for row in rows] == ["-0.1500", "", "+0.1500"]
+
+
+def test_speeds_are_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(fixed_hour, "TURN_SECONDS", 0.0)
+    config = fixed_hour.load_config(fixed_hour.CONFIG, SETTINGS)
+    configs = {title: fixed_hour.configure(config, title, tmp_path) for title in ("base", "dropout 0.1")}
+    measured = fixed_hour.measure_speeds(configs, tmp_path / "speeds.json")
+    assert all(speed > 0 for speed in measured.values())
+    monkeypatch.setattr(fixed_hour, "make_step", None)
+    assert fixed_hour.measure_speeds(configs, tmp_path / "speeds.json") == measured
+
+
+@pytest.mark.parametrize("title", fixed_hour.VARIANTS)
+def test_variants_are_sound_and_differ_from_the_base(title, tmp_path):
+    config = fixed_hour.load_config(fixed_hour.CONFIG)
+    varied = fixed_hour.configure(config, title, tmp_path)
+    if "steps of" not in title:
+        assert varied.step_windows * varied.model.max_seq_len == STEP_TOKENS
+    same = fixed_hour.name_of("", varied) == fixed_hour.name_of("", fixed_hour.configure(config, "base", tmp_path))
+    assert same == (title == "base")
+
+
+@pytest.mark.parametrize("arguments", [("--variants", "wider"), ("--minutes", "0"), ("--seeds", "0"),
+                                       ("--out", "file")])
+def test_bad_arguments_are_one_line(run, tmp_path, arguments):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(fixed_hour.UserError, match=arguments[1]):
+        run(*arguments)
