@@ -54,6 +54,7 @@ VARIANTS = {  # title: settings. A step is 2,048 tokens in all of them but those
     "steps of 4,096 tokens": ("training.batch_size=16",),
     "steps of 1,024 tokens": ("training.batch_size=4",),
     "learning rate 4e-3": ("optimizer.learning_rate=4e-3",),
+    "vocabulary 4,000, learning rate 4e-3": ("model.vocab_size=4000", "optimizer.learning_rate=4e-3"),
 }
 
 
@@ -82,24 +83,35 @@ def make_step(config: Config) -> Callable[[], None]:
 def measure_speeds(configs: dict[str, Config], path: Path) -> dict[str, float]:
     """Of each title, tokens per second: what the file at `path` has, and else by the median step of all turns."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    names = {title: name_of(title, config) for title, config in configs.items()}
-    missing = [title for title, name in names.items() if name not in known]
-    steps = {title: make_step(configs[title]) for title in tqdm(missing, desc="compile", unit="variant")}
-    times = {title: [] for title in missing}
+    missing = {shape: config for config in configs.values() if (shape := shape_of(config)) not in known}
+    steps = {shape: make_step(config) for shape, config in tqdm(missing.items(), desc="compile", unit="variant")}
+    times = {shape: [] for shape in missing}
     for _ in tqdm(range(TURNS if missing else 0), desc="speed", unit="turn"):
-        for title, step in steps.items():
+        for shape, step in steps.items():
             step()  # after the others, which have filled the processor's caches
             start = time.perf_counter()
-            while not times[title] or time.perf_counter() - start < TURN_SECONDS:
+            while not times[shape] or time.perf_counter() - start < TURN_SECONDS:
                 before = time.perf_counter()
                 step()
-                times[title].append(time.perf_counter() - before)
-    for title in missing:
-        config = configs[title]
-        known[names[title]] = config.step_windows * config.model.max_seq_len / statistics.median(times[title])
+                times[shape].append(time.perf_counter() - before)
+    for shape, config in missing.items():
+        known[shape] = config.step_windows * config.model.max_seq_len / statistics.median(times[shape])
     with replacing(path) as file:
         file.write(json.dumps(known, indent=1).encode("utf-8"))
-    return {title: known[name] for title, name in names.items()}
+    return {title: known[shape_of(config)] for title, config in configs.items()}
+
+
+def shape_of(config: Config) -> str:
+    """A text that is the same for all that must be equally fast."""
+    m, values = config.model, config.to_dict()
+    training = [values["training"][key] for key in ("batch_size", "gradient_accumulation_steps", "use_bf16",
+                                                    "use_gradient_checkpointing", "use_compile")]
+    rest = digest([values["model"], training, values["optimizer"]["type"], values["hardware"]])
+    return f"{m.n_layers} x {m.d_model}, {m.vocab_size} tokens, {training[0]} x {m.max_seq_len}, {rest}"
+
+
+def digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode("utf-8")).hexdigest()[:8]
 
 
 # A run
@@ -125,8 +137,8 @@ def name_of(title: str, config: Config) -> str:
     values = config.to_dict()
     for section, key in (("data", "cache_dir"), ("data", "tokenizer_path"), ("training", "output_dir")):
         del values[section][key]
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode("utf-8")).hexdigest()[:8]
-    return "-".join("".join(c if c.isalnum() else " " for c in f"{title} {config.training.seed} {digest}").split())
+    name = f"{title} {config.training.seed} {digest(values)}"
+    return "-".join("".join(c if c.isalnum() else " " for c in name).split())
 
 
 def run_variant(config: Config) -> int:
