@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import sys
@@ -15,10 +16,12 @@ from conftest import REPO
 sys.path.insert(0, str(REPO / "docs" / "experiments"))
 
 import articles
-import articles_look
-from articles_look import misplaced_articles, words_after_articles
+import articles_report
+from articles_report import misplaced_articles, words_after_articles
 
-from data.tokens import ARTICLES, IGNORED, read_batch
+import train
+from data.sample import sample_stories
+from data.tokens import IGNORED, read_batch
 
 TINY = ["--dataset", "sample", "--seeds", "1", "--out", "out", "--variants", articles.VARIANTS[1].title,
         "no <|endoftext|>"]
@@ -33,30 +36,24 @@ def batch(tokens: range, seq_len: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     return read_batch(np.array(tokens), np.arange(2), seq_len, torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("labels", "distance"), [("right", 1), ("shifted twice", 2), ("not shifted", 0)])
-def test_targets_are_so_many_tokens_ahead(labels, distance):
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_targets_are_so_many_tokens_ahead(ahead):
     inputs, targets = batch(range(100, 113))  # token t is 100 + t, so that a difference of tokens is one of places
-    faulty = articles.faulty_targets(labels, inputs, targets)
+    faulty = articles.faulty_targets(ahead, inputs, targets)
     counted = faulty != IGNORED
-    assert (faulty - inputs)[counted].unique().tolist() == [distance]
-    assert counted.sum(dim=1).tolist() == [6 - max(0, distance - 1)] * 2  # beyond the window nothing is known
+    assert (faulty - inputs)[counted].unique().tolist() == [ahead]
+    assert counted.sum(dim=1).tolist() == [6 - max(0, ahead - 1)] * 2  # beyond the window nothing is known
 
 
-def test_weights_act_on_articles_alone(tokenizer):
-    weights = articles.article_weights(tokenizer, 10)
-    heavy = {tokenizer.decode([index]).strip().lower() for index in (weights == 10).nonzero().flatten().tolist()}
-    assert heavy == set(ARTICLES)
-    assert (weights[weights != 10] == 1).all()
-    assert (articles.article_weights(tokenizer, 1) == 1).all()
-
-
-def test_the_weighted_mean_is_that_of_torch():
+@pytest.mark.parametrize("weight", [1.0, 10.0])
+def test_the_weighted_mean_is_that_of_torch_with_a_weight_on_articles_alone(weight):
     torch.manual_seed(0)
-    logits, targets, weights = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5)), torch.rand(7)
+    logits, targets, is_article = torch.randn(2, 7, 5), torch.randint(0, 7, (2, 5)), torch.arange(7) < 3
     targets[0, 3] = IGNORED
-    losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-    expected = F.cross_entropy(logits.transpose(1, 2), targets, weight=weights)
-    torch.testing.assert_close(articles.weighted_mean(losses, targets, weights), expected)
+    weights = torch.tensor([weight, weight, weight, 1, 1, 1, 1])
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(articles.weighted_mean(losses, targets, is_article, weight),
+                               F.cross_entropy(logits, targets, weight=weights))
 
 
 def test_articles_where_none_can_stand(stories):
@@ -67,22 +64,22 @@ def test_articles_where_none_can_stand(stories):
     assert sum(wrong for wrong, _ in real) < 0.01 * sum(count for _, count in real)
 
 
-def run(monkeypatch, *arguments: str) -> int:
+def run(monkeypatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["articles.py", *TINY, *arguments])
-    return articles.main()
+    articles.main()
 
 
 def test_the_whole_experiment_and_that_nothing_is_trained_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch) == 0
+    run(monkeypatch)
     kept = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.json")}
     results = {of["variant"]: of for of in map(json.loads, kept.values())}
     assert set(results) == {"as it should be", "labels shifted twice", "no <|endoftext|>"}
+    assert len({of["points"][0]["own_loss"] for of in results.values()}) == 3  # each fault reaches the training
     for of in results.values():
         assert [point["step"] for point in of["points"]] == [1, 2, 5, 10, 20]
         assert of["points"][-2]["bits_per_byte"] < of["points"][0]["bits_per_byte"]  # of the same stories
-        assert of["trained_tokens"] == 20 * 4 * 64
-        assert len(of["stories"]) == articles.STORIES
+        assert len(of["points"][-1]["stories"]) == articles.STORIES
     table = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert all(f"{of['points'][-1]['bits_per_byte']:.3f}" in table for of in results.values())
     assert (tmp_path / "out" / "why_articles.png").read_bytes().startswith(b"\x89PNG")
@@ -104,14 +101,25 @@ def test_the_whole_experiment_and_that_nothing_is_trained_twice(tmp_path, monkey
     other = again.keys() - {gone.name}
     assert again.keys() == kept.keys() and all(again[name] == kept[name] for name in other)
     first, second = (json.loads(of[gone.name]) for of in (kept, again))
-    assert first["points"] == second["points"] and first["stories"] == second["stories"]
+    assert first == second
+
+
+def test_another_text_of_the_same_name_has_a_tokenizer_and_a_run_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in (60, 80):
+        text = "\n<|endoftext|>\n".join(itertools.islice(sample_stories(seed=1), number))
+        (tmp_path / "mine.txt").write_text(text, encoding="utf-8")
+        run(monkeypatch, "--dataset", "mine.txt", "--validation", "sample", "--set", "training.max_steps=1",
+            "--variants", articles.BASE.title)
+    first, second = ((path / "tokenizer.json").read_bytes() for path in (tmp_path / "out").glob("tokenizer-*"))
+    assert first != second and len(list((tmp_path / "out").glob("*.json"))) == 2
 
 
 def test_without_separators_none_is_trained_on_scored_or_begun_with(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = {"train": [], "score": [], "begin": []}
-    spied = ((articles, "read_batch", "train", 0), (articles_look, "measure_likelihood", "score", 1),
-             (articles_look, "generate_tokens", "begin", 1))
+    spied = ((train, "read_batch", "train", 0), (articles_report, "measure_likelihood", "score", 1),
+             (articles_report, "generate_tokens", "begin", 1))
     for module, name, kind, place in spied:
         whole = getattr(module, name)
 
@@ -133,10 +141,11 @@ def test_stopped_by_ctrl_c_it_keeps_the_runs_that_were_done(tmp_path, monkeypatc
         return train_variant(variant, *rest)
 
     monkeypatch.setattr(articles, "train_variant", interrupted)
-    assert run(monkeypatch) == 128 + signal.SIGINT
-    assert "the same command goes on" in capsys.readouterr().out
-    assert [json.loads(path.read_bytes())["variant"] for path in (tmp_path / "out").glob("*.json")] == [
-        articles.BASE.title]
+    with pytest.raises(KeyboardInterrupt):  # which run_script makes status 130
+        run(monkeypatch)
+    (kept,) = (tmp_path / "out").glob("*.json")
+    assert json.loads(kept.read_bytes())["variant"] == articles.BASE.title
+    assert "1 finished runs" in capsys.readouterr().out and (tmp_path / "out" / "results.md").exists()
 
 
 def test_an_unknown_variant_is_one_line(monkeypatch):

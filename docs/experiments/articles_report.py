@@ -1,92 +1,159 @@
-"""The finished runs of articles.py as a table, the same prompt's story under each variant, and a picture."""
+"""What the models of articles.py are measured by, and the finished runs as a table, stories and a picture."""
 
 from __future__ import annotations
 
-import io
-import json
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # no pyplot: no global state, and no window is ever opened
+
+from config import UserError
 from config.files import replacing
+from data.likelihood import measure_likelihood
+from data.measures import ARTICLES, learn, measure, split_words
+from data.report import GRID, INK
+from data.tokens import END_OF_STORY, TokenFile
+from data.yardstick import Passage, choose_references, cut_reference, read_stories
+from evaluate import CHOOSE_FROM, LEARN_FROM
+from generate import encode_prompts, generate_tokens
+from train import Run
 
-RESULTS, PICTURE = "results.md", "why_articles.png"
-COLUMNS = (  # key, title, digits
-    ("bits_per_byte", "bits per byte", 3), ("own_loss", "loss that it reports", 2),
-    ("articles", "articles in 100 words", 1), ("misplaced", "of these where none can stand, %", 1),
-    ("bare_nouns", "nouns without one, %", 1), ("a_an", "a or an right, %", 0), ("ended", "stories that end, %", 0),
-    ("repeated", "repeated 4-grams, %", 1), ("article_accuracy", "articles foreseen, %", 0))
-ROWS = (("bits_per_byte", "bits per byte"), ("articles", "articles in 100 words"),
-        ("bare_nouns", "nouns without their article, %"))
+STORIES = 64  # told at the end; a quarter of them at the points before
+AT_THE_END = 5  # times as many validation stories are scored there as at the points before
+COLUMNS = {  # of the table: title and digits
+    "bits_per_byte": ("bits per byte", 3), "own_loss": ("loss that it reports", 2),
+    "articles": ("articles in 100 words", 1), "misplaced": ("of these where none can stand, %", 1),
+    "bare_nouns": ("nouns without one, %", 1), "a_an": ("a or an right, %", 0), "ended": ("stories that end, %", 0),
+    "repeated": ("repeated 4-grams, %", 1), "foreseen": ("articles foreseen, %", 0)}
 STOPS = (0.05, 0.25)  # of the steps: rows of their own
-STORY_WORDS = 70  # of a quoted story
-# colours that the colour-blind can tell apart (Okabe & Ito, 2008), each with a marker of its own
-LOOKS = (("#0072B2", "s"), ("#D55E00", "^"), ("#009E73", "D"), ("#CC79A7", "v"))
-BASE_LOOK, INK, GRID = ("#202124", "o"), "#202124", "#dadce0"
-
-Runs = dict[str, list[dict[str, Any]]]  # by the variant's title: a run for each seed
+ROWS = {"bits_per_byte": "bits per byte", "articles": "articles in 100 words",
+        "bare_nouns": "nouns without their article, %"}  # of the picture
+# of the base, then of a theory's variants: colours that the colour-blind can tell apart (Okabe & Ito, 2008), markers
+LOOKS = ((INK, "o"), ("#0072B2", "s"), ("#D55E00", "^"), ("#009E73", "D"), ("#CC79A7", "v"))
 
 
-def report(paths: Iterable[Path], theories: dict[str, str], out: Path) -> None:
-    """Write results.md and the picture. paths: of finished runs. theories: of each variant's title; "" of the base."""
-    runs: Runs = {title: [] for title in theories}
-    for path in paths:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        runs[result["variant"]].append(result)
-    runs = {title: of for title, of in runs.items() if of}
-    with replacing(out / RESULTS) as file:
-        file.write(f"{table(runs)}\n\n{stories(runs)}\n".encode())
-    try:
-        picture = draw(runs, theories)
-    except ImportError as error:
-        print(f"warning: no picture ({error}); pip install matplotlib")
-        return
-    with replacing(out / PICTURE) as file:
-        file.write(picture)
+# Measuring
+
+class Yardstick:
+    """What all models are held against: beginnings of validation stories, and what the training stories teach."""
+
+    def __init__(self, run: Run, validation: TokenFile) -> None:
+        tokenizer, sampling = run.tokenizer, run.config.sampling
+        pairs = choose_references(list(read_stories(validation, tokenizer, CHOOSE_FROM)), sampling.prompts, STORIES)
+        if not pairs:
+            raise UserError(f"{validation.path}: no story in it is long enough to hold told ones against")
+        training = list(read_stories(run.train_file, tokenizer, LEARN_FROM))
+        self.learned, self.follows = learn(training), words_after_articles(training)
+        self.prompts = [prompt for prompt, _ in pairs]
+        self.real = self.measure([cut_reference(*pair, tokenizer, sampling.max_new_tokens) for pair in pairs])
+
+    def measure(self, passages: Sequence[Passage]) -> dict[str, float | None]:
+        """The columns that need no model, of all passages together, %. None where there is nothing to measure."""
+        each = [{**measure(passage.text, self.learned, passage.ended),
+                 "misplaced": misplaced_articles(passage.text, self.follows)} for passage in passages]
+        sums = {key: np.sum([of[key] for of in each], axis=0).tolist() for key in COLUMNS if key in each[0]}
+        return {key: 100 * (part / whole) if whole else None for key, (part, whole) in sums.items()}
 
 
-def points_of(run: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{**point, "article_accuracy": 100 * point["article_accuracy"]} for point in run["points"]]
+def words_after_articles(texts: Sequence[str], share: float = 0.01) -> frozenset[str]:
+    """Words that in `share` of their places or more come right after an article. A mark or a verb is none of them."""
+    after, seen = Counter(), Counter()
+    for text in texts:
+        tokens = split_words(text.lower())
+        seen.update(tokens)
+        after.update(word for article, word in pairwise(tokens) if article in ARTICLES)
+    return frozenset(word for word, count in after.items() if count >= share * seen[word])
 
 
-def spread(values: Sequence[float | None], digits: int) -> str:
-    """The mean, and of several values the smallest and the largest."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    mean = f"{statistics.fmean(known):.{digits}f}"
-    return mean if len(known) == 1 else f"{mean} ({min(known):.{digits}f}-{max(known):.{digits}f})"
+def misplaced_articles(text: str, follows: frozenset[str]) -> tuple[int, int]:
+    """How many articles stand where none can ("a was", "the the", "a."), and how many articles there are."""
+    after = [word for article, word in pairwise(split_words(text.lower())) if article in ARTICLES]
+    return sum(word not in follows for word in after), len(after)
 
 
-def table(runs: Runs) -> str:
+def look(run: Run, validation: TokenFile, yardstick: Yardstick, separators: bool, last: bool) -> dict[str, Any]:
+    """Score validation stories by the right next token, tell stories, and measure them. Returns plain values.
+
+    separators: whether the model knows them. last: at the end of the run.
+    """
+    model, tokenizer, config = run.model.eval(), run.tokenizer, run.config
+    end, tokens = tokenizer.token_to_id(END_OF_STORY), validation.tokens
+    count = config.training.eval_samples * (AT_THE_END if last else 1)
+    ends = np.flatnonzero(tokens == end)[:count + 1 if count else None]
+    tokens = tokens[:ends[-1] + 1]  # the same stories whatever the vocabulary
+    found = measure_likelihood(model, tokens if separators else tokens[tokens != end], tokenizer,
+                               config.model.max_seq_len, config.evaluation_batch, run.device, run.precision, False)
+    passages = tell(run, yardstick.prompts[:STORIES if last else STORIES // 4], separators)
+    model.train()
+    return {**found, "foreseen": 100 * found["article_accuracy"], **yardstick.measure(passages),
+            "stories": [passage._asdict() for passage in passages]}
+
+
+def tell(run: Run, prompts: Sequence[str], separators: bool) -> list[Passage]:
+    """A story from each prompt, each with its own seed. A model that knows no separator does not begin with one."""
+    tokenizer, sampling, end = run.tokenizer, run.config.sampling, run.tokenizer.token_to_id(END_OF_STORY)
+    beginnings = [ids if separators else ids[1:]
+                  for ids in encode_prompts(tokenizer, prompts, run.config.model.max_seq_len)]
+    seeds = range(sampling.seed, sampling.seed + len(prompts))
+    told = [one for running in generate_tokens(run.model, beginnings, seeds, end, tokenizer.get_vocab_size(), sampling)
+            for one in running if one.done]
+    return [Passage(prompts[one.index], tokenizer.decode(one.new, skip_special_tokens=True), one.new[-1] == end)
+            for one in sorted(told, key=lambda one: one.index)]
+
+
+# Showing
+
+def report(results: Sequence[dict[str, Any]], out: Path) -> None:
+    """Write results.md and why_articles.png of the finished runs, the base's first."""
+    runs, real = {}, results[0]["real"]
+    for result in results:
+        runs.setdefault(result["variant"], []).append(result)
+    with replacing(out / "results.md") as file:
+        file.write(f"{table(runs, real)}\n\n{stories(runs)}\n".encode())
+    with replacing(out / "why_articles.png") as file:
+        draw(runs, real).savefig(file, format="png", dpi=90)
+    print(f"{len(results)} finished runs: {out / 'results.md'} and why_articles.png beside it")
+
+
+def table(runs: dict[str, list[dict]], real: dict[str, float | None]) -> str:
     """A row for each variant, one for each early stop of the base, and the validation stories' own."""
-    rows = [(title, [points_of(run)[-1] for run in of]) for title, of in runs.items()]
-    base = next(iter(runs.values()))
+    rows = [(title, [run["points"][-1] for run in of]) for title, of in runs.items()]
+    base = rows[0][0]
     for share in STOPS:
-        title = f"{next(iter(runs))}, stopped at {share:.0%} of its steps"
-        rows.append((title, [point for run in base for point in points_of(run) if point["share"] == share]))
-    lines = ["| variant | seeds | " + " | ".join(title for _, title, _ in COLUMNS) + " |", "|---" * (len(COLUMNS) + 2)
-             + "|"]
-    for title, points in rows:
-        cells = [spread([point[key] for point in points], digits) for key, _, digits in COLUMNS]
-        lines.append(f"| {escape(title)} | {len(points)} | {' | '.join(cells)} |")
-    real = base[0]["points"][-1]["reference"]
-    cells = [spread([real.get(key)], digits) for key, _, digits in COLUMNS]
-    return "\n".join([*lines, f"| the validation stories | | {' | '.join(cells)} |"])
+        points = [point for run in runs[base] for point in run["points"] if point["share"] == share]
+        rows.append((f"{base}, stopped at {share:.0%} of its steps", points))
+    lines = [["variant", "seeds", *(title for title, _ in COLUMNS.values())], ["---"] * (len(COLUMNS) + 2),
+             *([escape(title), str(len(points)), *cells(points)] for title, points in rows),
+             ["the validation stories", "", *cells([real])]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def stories(runs: Runs) -> str:
+def cells(points: Sequence[dict[str, Any]]) -> list[str]:
+    """For each column the mean, and of several values the smallest and the largest."""
+    texts = []
+    for key, (_, digits) in COLUMNS.items():
+        known = [point[key] for point in points if point.get(key) is not None]
+        mean, low, high = (f"{what(known):.{digits}f}" if known else "-" for what in (statistics.fmean, min, max))
+        texts.append(f"{mean} ({low}-{high})" if len(known) > 1 else mean)
+    return texts
+
+
+def stories(runs: dict[str, list[dict]], num_words: int = 70) -> str:
     """The beginning of the first story of each variant, all from the same prompt."""
     parts = []
     for title, of in runs.items():
-        story = of[0]["stories"][0]
-        words = re.findall(r"\S+\s*", story["text"])
-        text = "".join(words[:STORY_WORDS]).strip() + (" ..." if len(words) > STORY_WORDS else "")
-        joint = " " if story["text"][:1].isspace() else ""
-        parts.append(f"**{escape(title)}**\n\n> {escape(story['prompt'])}{joint}"
-                     + escape(text).replace("\n", "  \n> "))
+        story = of[0]["points"][-1]["stories"][0]
+        words = re.findall(r"\s*\S+", story["text"])
+        text = story["prompt"] + "".join(words[:num_words]) + (" ..." if len(words) > num_words else "")
+        parts.append(f"**{escape(title)}**\n\n> " + escape(text).replace("\n", "  \n> "))
     return "\n\n".join(parts)
 
 
@@ -95,77 +162,35 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", text)
 
 
-def draw(runs: Runs, theories: dict[str, str]) -> bytes:
-    """A column for each theory, a row for each figure, by the share of the steps. Returns a PNG."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure  # no pyplot: no global state, and no window is ever opened
-    from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
-    from PIL import Image  # which matplotlib brings
-
-    base = next(iter(runs))
-    columns = list(dict.fromkeys(theories[title] for title in runs if theories[title])) or [""]
-    settings = {"font.size": 9, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-                "axes.edgecolor": GRID, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                "grid.color": GRID, "grid.linewidth": 0.6}
-    with rc_context(settings):
-        figure = Figure(figsize=(3.1 * len(columns) + 0.4, 7.2), layout="constrained")
-        grid = figure.subplots(len(ROWS), len(columns), sharex=True, sharey="row", squeeze=False)
-        for axes_row, (key, name) in zip(grid, ROWS, strict=True):
-            axes_row[0].set_ylabel(name)
-            if key == "bits_per_byte":
-                axes_row[0].set_yscale("log")
-                axes_row[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-                axes_row[0].yaxis.set_minor_formatter(NullFormatter())
-                axes_row[0].yaxis.set_minor_locator(NullLocator())
-            real = runs[base][0]["points"][-1]["reference"].get(key)
-            for axes, theory in zip(axes_row, columns, strict=True):
-                shown = [base, *(title for title in runs if theory and theories[title] == theory)]
-                for title, (colour, marker) in zip(shown, [BASE_LOOK, *LOOKS], strict=False):
-                    draw_curve(axes, runs[title], key, title, colour, marker)
-                if real is not None:
-                    axes.axhline(real, color=INK, linewidth=1, linestyle=":", label="_real")
-            axes_row[0].set_xlim(0, 100)
-            top = axes_row[0].get_ylim()[1]
-            if key == "bits_per_byte":
-                axes_row[0].set_yticks([y for y in (1, 1.5, 2, 3, 5, 10, 20, 30) if y < top])
-            else:  # the first steps of one variant must not flatten all the others
-                axes_row[0].set_ylim(0, min(top, 4 * real) if key == "articles" and real else top)
-            for axes in axes_row:
-                label_curves(axes)
-        for axes, theory in zip(grid[0], columns, strict=True):
-            axes.set_title(theory, fontweight="bold")
-        for axes in grid[-1]:
-            axes.set_xlabel("% of the steps")
-        whole, small = io.BytesIO(), io.BytesIO()
-        figure.savefig(whole, format="png", dpi=90)
-    Image.open(whole).convert("RGB").quantize(64).save(small, format="png", optimize=True)  # a third of its size
-    return small.getvalue()
+def draw(runs: dict[str, list[dict]], real: dict[str, float | None]) -> Figure:
+    """A column for each theory, a row for each figure, by the share of the steps: means, with a band for the seeds."""
+    base, *others = runs
+    theories = list(dict.fromkeys(runs[title][0]["theory"] for title in others)) or [""]
+    with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+                     "axes.edgecolor": GRID, "grid.color": GRID}):
+        figure = Figure(figsize=(2.8 * len(theories), 8), layout="constrained")
+        grid = figure.subplots(len(ROWS), len(theories), sharex=True, sharey="row", squeeze=False)
+    for column, theory in zip(grid.T, theories, strict=True):
+        shown = [base, *(title for title in others if runs[title][0]["theory"] == theory)]
+        for axes, key in zip(column, ROWS, strict=True):
+            for title, (colour, marker) in zip(shown, LOOKS, strict=False):
+                draw_curve(axes, [run["points"] for run in runs[title]], key, color=colour, marker=marker, label=title)
+            if real.get(key) is not None:
+                axes.axhline(real[key], color=INK, linewidth=1, linestyle=":", label="real stories")
+        column[0].set_title(theory, fontweight="bold")
+        column[-1].set(xlim=(0, 100), xlabel="% of the steps")
+        column[-1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+    for axes, name in zip(grid[:, 0], ROWS.values(), strict=True):
+        axes.set(ylabel=name, ylim=(0, None))
+    grid[0, 0].set(yscale="log", ylim=(1, None), yticks=(1, 1.5, 2, 3, 5), yticklabels=(1, 1.5, 2, 3, 5))
+    grid[0, 0].minorticks_off()
+    grid[1, 0].set_ylim(0, min(grid[1, 0].get_ylim()[1], 4 * real["articles"]))  # the first steps flatten nothing
+    return figure
 
 
-def draw_curve(axes: Any, of: list[dict[str, Any]], key: str, title: str, colour: str, marker: str) -> None:
-    """The mean over the seeds, and a band from the smallest to the largest."""
-    values: dict[float, list[float]] = {}
-    for point in (point for run in of for point in run["points"] if point[key] is not None):
-        values.setdefault(100 * point["share"], []).append(point[key])
-    if values:
-        means, low, high = ([what(some) for some in values.values()] for what in (statistics.fmean, min, max))
-        axes.plot(list(values), means, color=colour, marker=marker, markersize=3.5, linewidth=1.4, label=title)
-        axes.fill_between(list(values), low, high, color=colour, alpha=0.25, linewidth=0)
-
-
-def label_curves(axes: Any, gap: float = 0.085) -> None:
-    """Name each curve beside its end. Names stand `gap` of the height apart or more, so that all can be read."""
-    ends = []
-    for line in axes.get_lines():
-        y = axes.transAxes.inverted().transform(axes.transData.transform((0, line.get_ydata()[-1])))[1]
-        name = "real stories" if line.get_label() == "_real" else line.get_label()
-        ends.append((y, name, line.get_color()))
-    ends.sort()
-    places: list[float] = []
-    for y, _, _ in ends:
-        places.append(max(y, places[-1] + gap) if places else y)
-    for index in range(len(places) - 2, -1, -1):  # what went over the top comes down again
-        places[-1] = min(places[-1], 1.0)
-        places[index] = min(places[index], places[index + 1] - gap)
-    for (_, name, colour), place in zip(ends, places, strict=True):
-        axes.text(1.03, place, name, transform=axes.transAxes, color=colour, fontsize=7.5, va="center")
+def draw_curve(axes: Axes, points_of: Sequence[Sequence[dict]], key: str, **style: str) -> None:
+    """The mean over the seeds, and a band from the smallest to the largest. points_of: of each seed's run."""
+    values = np.ma.masked_invalid(np.array([[point[key] for point in points] for points in points_of], dtype=float))
+    x = [100 * point["share"] for point in points_of[0]]
+    axes.plot(x, values.mean(axis=0), markersize=3.5, linewidth=1.4, **style)
+    axes.fill_between(x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.25, linewidth=0)
