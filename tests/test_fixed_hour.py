@@ -89,7 +89,7 @@ def test_the_table_has_means_spreads_and_differences():
 def test_speeds_are_measured_once(tmp_path, monkeypatch):
     monkeypatch.setattr(fixed_hour, "TURN_SECONDS", 0.0)
     config = fixed_hour.load_config(fixed_hour.CONFIG, SETTINGS)
-    configs = {title: fixed_hour.configure(config, title, tmp_path) for title in ("base", "dropout 0.1")}
+    configs = {title: fixed_hour.configure(config, title, [], tmp_path) for title in ("base", "dropout 0.1")}
     measured = fixed_hour.measure_speeds(configs, tmp_path / "speeds.json")
     assert all(speed > 0 for speed in measured.values())
     monkeypatch.setattr(fixed_hour, "make_step", None)
@@ -99,10 +99,10 @@ def test_speeds_are_measured_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("title", fixed_hour.VARIANTS)
 def test_variants_are_sound_and_differ_from_the_base(title, tmp_path):
     config = fixed_hour.load_config(fixed_hour.CONFIG)
-    varied = fixed_hour.configure(config, title, tmp_path)
+    varied = fixed_hour.configure(config, title, [], tmp_path)
     if "steps of" not in title:
         assert varied.step_windows * varied.model.max_seq_len == STEP_TOKENS
-    same = fixed_hour.name_of("", varied) == fixed_hour.name_of("", fixed_hour.configure(config, "base", tmp_path))
+    same = fixed_hour.name_of("", varied) == fixed_hour.name_of("", fixed_hour.configure(config, "base", [], tmp_path))
     assert same == (title == "base")
 
 

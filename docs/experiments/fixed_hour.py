@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -27,11 +28,12 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from config import Config, UserError, add_config_arguments, config_from_dict, load_config, run_script  # noqa: E402
-from config.cli import Parser  # noqa: E402
+from config.cli import Parser, positive  # noqa: E402
 from config.files import replacing  # noqa: E402
 from config.hardware import choose_compile, choose_device, choose_precision, keep_freed_memory  # noqa: E402
 from data.checkpoints import LATEST  # noqa: E402
 from data.report import read_metrics  # noqa: E402
+from data.stories import open_stories  # noqa: E402
 from model import Transformer, count_parameters  # noqa: E402
 from train import accumulate_gradients, make_optimizer, start_run  # noqa: E402
 
@@ -116,12 +118,12 @@ def digest(values: Any) -> str:
 
 # A run
 
-def configure(config: Config, title: str, out: Path) -> Config:
-    """The config of a variant. Each size of vocabulary has its own tokenizer."""
+def configure(config: Config, title: str, text: Any, out: Path) -> Config:
+    """The config of a variant. text: plain values that differ where the stories do; each has its own tokenizers."""
     values = config.to_dict()
     values["data"]["max_seq_len"] = None  # follows the model's
     varied = config_from_dict(values, title, VARIANTS[title])
-    tokenizer = out / f"tokenizer_{varied.model.vocab_size}"
+    tokenizer = out / f"tokenizer-{varied.model.vocab_size}-{digest([text, values['tokenizer']])}"
     return config_from_dict(varied.to_dict(), title, [f"data.tokenizer_path={json.dumps(str(tokenizer))}"])
 
 
@@ -133,12 +135,11 @@ def plan(config: Config, steps: int, seed: int) -> Config:
 
 
 def name_of(title: str, config: Config) -> str:
-    """For a file name, and another one for other settings: nothing is taken for what it is not."""
+    """For a file name, and another one for other settings or stories: nothing is taken for what it is not."""
     values = config.to_dict()
-    for section, key in (("data", "cache_dir"), ("data", "tokenizer_path"), ("training", "output_dir")):
-        del values[section][key]
-    name = f"{title} {config.training.seed} {digest(values)}"
-    return "-".join("".join(c if c.isalnum() else " " for c in name).split())
+    values["data"] = Path(config.data.tokenizer_path).name
+    del values["training"]["output_dir"]
+    return "-".join(re.findall(r"\w+", f"{title} {config.training.seed} {digest(values)}"))
 
 
 def run_variant(config: Config) -> int:
@@ -183,7 +184,8 @@ def experiment(config: Config, titles: Sequence[str], minutes: float, seeds: int
     """Measure and train what is not in `out` yet. Returns the exit status: 0, or 128 + the signal that stopped it."""
     keep_freed_memory()
     torch._dynamo.config.recompile_limit = 8 * len(titles)  # all their models are compiled in this one process
-    configs = {title: configure(config, title, out) for title in titles}
+    text = [open_stories(config.data, split).identity for split in ("train", "validation")]
+    configs = {title: configure(config, title, text, out) for title in titles}
     speeds = measure_speeds(configs, out / "speeds.json")
     for seed in range(seeds):
         for title in titles:
@@ -202,7 +204,7 @@ def experiment(config: Config, titles: Sequence[str], minutes: float, seeds: int
                       "speed": speeds[title], **result_of(made)}
             with replacing(path) as file:
                 file.write(json.dumps(result, indent=1).encode("utf-8"))
-    names = {name_of(title, configure(config, title, out)) for title in VARIANTS}
+    names = {name_of(title, configure(config, title, text, out)) for title in VARIANTS}
     finished = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.run.json"))]
     results = table([result for result in finished if result["name"] in names])  # not those of other settings
     with replacing(out / "results.md") as file:
@@ -217,18 +219,16 @@ def main() -> int:
     parser.add_argument("--dataset", help="data.dataset: tinystories, sample, a hub id, a file or a folder")
     parser.add_argument("--validation", help="data.validation: another such source, for the validation stories")
     parser.add_argument("--minutes", type=float, default=60, help="of training, for each run (%(default)s)")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="TITLE",
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="TITLE",
                         help="only these: " + ", ".join(f'"{title}"' for title in VARIANTS))
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each, with another seed each (%(default)s)")
+    parser.add_argument("--seeds", type=positive, default=1, help="runs of each, with another seed each (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("checkpoints/fixed_hour"), metavar="FOLDER",
                         help="where speeds, runs and results.md are kept (%(default)s)")
     args = parser.parse_args()
-    if args.seeds < 1 or not args.minutes > 0:
-        raise UserError(f"--seeds {args.seeds} --minutes {args.minutes:g}: at least one run, of more than 0 minutes")
+    if not 0 < args.minutes < math.inf:
+        raise UserError(f"--minutes {args.minutes:g}: more than 0")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file: name a folder")
-    if unknown := [title for title in args.variants if title not in VARIANTS]:
-        raise UserError(f"--variants {json.dumps(unknown[0])}: one of {', '.join(map(json.dumps, VARIANTS))}")
     given = {"data.dataset": args.dataset, "data.validation": args.validation}
     overrides = args.overrides + [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     config = load_config(args.config or CONFIG, overrides)
