@@ -47,7 +47,7 @@ class FakeGPU(TorchFunctionMode):
         leaves = flat([args, *kwargs.values()])
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         there = [tensor in self.there for tensor in tensors]
-        if name == "device":
+        if name == "device" and there:
             return GPU if there[0] else CPU
         if name in ("_parse_to", "_has_compatible_shallow_copy_type"):  # of Module.to
             return func(*args, **kwargs)
