@@ -4,7 +4,7 @@
     python tests/benchmarks/training.py --against transformers       its LlamaForCausalLM with the same step around it
     python tests/benchmarks/training.py --profile                    a step by operation, and what each should cost
     python tests/benchmarks/training.py --outside                    a short real run: the shares of its time
-    python tests/benchmarks/training.py --everything                 all of it: the one command for a new machine
+    python tests/benchmarks/training.py --everything                 all of it, and a padded vocabulary: on a new machine
 
 Steps are train.py's train_step on random tokens: reading the batch, clipping and fused AdamW are in them. What is
 compared takes turns; the table has medians over the repeats. First step and peak memory are those of a fresh process
@@ -42,6 +42,7 @@ from model import Transformer, count_parameters, flops_per_token  # noqa: E402
 
 CONFIGS = ["quickstart", "tinystories_cpu", "train_config_tinystories_33M_TOP10K"]
 WAYS = ["eager float32", "eager bf16", "compiled float32", "compiled bf16"]
+PADDED = "compiled bf16 padded"  # the vocabulary, to a multiple of 128, with tokens that nobody uses
 CPU_TOKENS = 2048  # of a micro-batch on the CPU, if the config's has more
 OTHERS = "norms, elementwise"
 # a profiler's name -> group; the first that matches counts, the rest is OTHERS
@@ -65,16 +66,18 @@ def make_theirs(config: Config) -> nn.Module:
 
 
 def make_step(config: Config, way: str, device: torch.device) -> tuple[Callable[[], None], nn.Module]:
-    """One call is one optimizer step, without a wait for the device. `way`: as in WAYS, "transformers" before it."""
+    """One call is one optimizer step. `way`: PADDED, or as in WAYS, perhaps with "transformers" before it."""
     torch.manual_seed(0)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, 5_000_000).astype(np.uint16)
+    if way == PADDED:
+        size = config.model.vocab_size + -config.model.vocab_size % 128
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
     model = (make_theirs(config) if "transformers" in way else Transformer(config.model)).to(device).train()
     bf16 = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, 5_000_000).astype(np.uint16)
     run = train.Run(config, None, model, train.make_optimizer(model, config), device, TokenFile(None, tokens, {}, ""),
                     precision=bf16 if "bf16" in way else contextlib.nullcontext)
     compute = torch.compile(model, dynamic=False) if "compiled" in way else model
-    # transformers shifts labels itself
-    forward = (lambda x, y: compute(input_ids=x, labels=x).loss) if "transformers" in way else compute
+    forward = (lambda x, y: compute(input_ids=x, labels=x).loss) if "transformers" in way else compute  # it shifts
 
     def step() -> None:
         train.train_step(run, forward, total_steps=10**9)
@@ -129,12 +132,12 @@ def measure_speed(name: str, config: Config, ways: list[str], args: argparse.Nam
     for way in ways:
         steps[way], model = make_step(config, way, device)
         seconds_of(steps[way], device, 0)
-        if "transformers" not in way:
+        if way in WAYS:
             flops = flops_per_token(model)
-    if device.type == "cuda":  # from here on a step that waits for the device is an error
+    if device.type == "cuda":  # a step of ours that waits for the device is an error; transformers' do
         torch.cuda.set_sync_debug_mode("error")
-        for step in steps.values():
-            step()
+        for way in set(ways) & {*WAYS, PADDED}:
+            steps[way]()
         torch.cuda.set_sync_debug_mode("default")
     for _ in range(args.repeats):
         for way, step in steps.items():
@@ -176,7 +179,6 @@ def should_cost(config: Config, bf16: bool) -> dict[str, tuple[float, float]]:
 
 
 def profile(name: str, config: Config, way: str, args: argparse.Namespace, peak: float, bandwidth: float) -> None:
-    from torch.profiler import ProfilerActivity
     device = choose_device(args.device)
     if device.type == "cpu" and "compiled" in way:  # gives each fused kernel its name in the profile
         from torch._inductor import config as inductor
@@ -184,8 +186,7 @@ def profile(name: str, config: Config, way: str, args: argparse.Namespace, peak:
     step, _ = make_step(config, way, device)
     seconds_of(step, device, 0)
     seconds_of(step, device, 0)
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+    with torch.profiler.profile(acc_events=True) as profiler:
         seconds_of(step, device, 0)
     tokens = config.step_windows * config.model.max_seq_len
     found, names = dict.fromkeys([*GROUPS, OTHERS], 0.0), {}
@@ -197,8 +198,8 @@ def profile(name: str, config: Config, way: str, args: argparse.Namespace, peak:
         found[group] += micros
         names.setdefault(group, []).append((micros, event.key))
     whole, costs = sum(found.values()), should_cost(config, "bf16" in way)
-    print(f"\n{name}, {way}: {whole / tokens:,.2f} microseconds a token\n")
-    print("| group | share | microseconds a token | FLOP a token | bytes a token | should take | largest |\n"
+    print(f"\n{name}, {way}: {whole / tokens:,.2f} microseconds a token\n\n"
+          "| group | share | microseconds a token | FLOP a token | bytes a token | should take | largest |\n"
           "|---|---|---|---|---|---|---|")
     for group, micros in sorted(found.items(), key=lambda of: -of[1]):
         flops, num_bytes = costs[group]
@@ -299,9 +300,9 @@ def main() -> None:
           f"threads, torch {torch.__version__}; a large product runs at {products['float32'] / 1e12:,.3f} TFLOP/s in "
           f"float32 and {products['bf16'] / 1e12:,.3f} in bf16, copying at {bandwidth / 1e9:,.0f} GB/s; shares are of "
           f"{peak / 1e12:,.3f} TFLOP/s\n", flush=True)
-    if args.everything:
-        args.against = "transformers"
+    args.against = "transformers" if args.everything else args.against
     ways = [*args.ways, *(f"transformers {way}" for way in WAYS if way in args.ways and args.against)]
+    ways += [PADDED] * (args.everything and "compiled bf16" in args.ways)
     if not (args.profile or args.outside) or args.everything:
         print(f"medians of {args.repeats}\n\n"
               "| config | way | tokens/s | share of peak | first step, s | peak memory, MiB |"

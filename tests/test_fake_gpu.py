@@ -1,0 +1,250 @@
+"""The CUDA path without a GPU: real tensors, of which some are said to lie on one, and all that ours does with them.
+
+The kernels are the CPU's and the numbers real; memory, streams, torch.compile and what autocast does on CUDA alone are
+not seen. (torch's own FakeTensorMode has no numbers, and no backward pass in a torch that was built without CUDA.)
+"""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, TINY
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+import train
+from config import UserError, hardware, load_config
+from config.cli import MAIN_CONFIG
+from config.optimizer import make_optimizer
+from config.ranks import ALONE
+from data.checkpoints import LATEST
+from data.likelihood import measure_likelihood
+from data.tokens import TokenFile
+from evaluate import evaluate
+from generate import generate_tokens, pack
+from model import Transformer
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+READS = {"item", "tolist", "nonzero", "argwhere", "masked_select", "unique", "equal", "allclose", "is_nonzero",
+         "bincount", "repeat_interleave", "__bool__", "__int__", "__float__", "__index__", "__contains__", "__format__"}
+
+
+class FakeGPU(TorchFunctionMode):
+    """Within it device=GPU works. Tensors of both devices in one operation raise, as they do on a real one.
+
+    waits: the names of what made the host wait for the GPU: what reads a value, and copies that are not non_blocking.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.there, self.waits = WeakTensorKeyDictionary(), []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name = dict(kwargs or {}), func.__name__
+        name = func.__self__.__name__ if name == "__get__" else name
+        leaves = flat([args, *kwargs.values()])
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        there = [tensor in self.there for tensor in tensors]
+        if name == "device" and there:
+            return GPU if there[0] else CPU
+        if name in ("_parse_to", "_has_compatible_shallow_copy_type"):  # of Module.to
+            return func(*args, **kwargs)
+        asked = [leaf.type == "cuda" for leaf in leaves if isinstance(leaf, torch.device)]
+        to_gpu = asked[0] if asked else name != "cpu" and any(there)
+        wait, moved = name in READS and any(there), False
+        if name in ("to", "cpu", "copy_", "type_as", "__set__", "tensor", "as_tensor"):
+            if len(there) > 1:  # the other tensor tells the device
+                to_gpu = there[name != "copy_"]
+            moved = to_gpu != (bool(there) and there[name == "copy_"])
+            wait = moved and not kwargs.get("non_blocking") and name != "__set__"
+        elif name in ("__getitem__", "__setitem__") and there[0]:  # lists and tensors of the CPU are copied, masks read
+            indices = args[1] if isinstance(args[1], tuple) else [args[1]]
+            wait = not all(there) or any(isinstance(index, list) or getattr(index, "dtype", None) == torch.bool
+                                         for index in indices)
+        elif any(there) and (name in ("numpy", "pin_memory") or any(
+                not on and tensor.dim() for tensor, on in zip(tensors, there, strict=True))):
+            raise RuntimeError(f"{name}: not on a GPU, and not with tensors of two devices")
+        self.waits += [name] * wait
+        if name == "pin_memory":
+            return args[0].clone()
+        if asked:
+            args = [CPU if isinstance(value, torch.device) else value for value in args]
+            kwargs = {key: CPU if isinstance(value, torch.device) else value for key, value in kwargs.items()}
+        out = func(*args, **kwargs)
+        out = out.clone() if moved and name in ("to", "cpu", "type_as") and out is args[0] else out
+        for tensor in [args[0]] if name == "__set__" else flat([out]):
+            if isinstance(tensor, torch.Tensor):
+                self.there.pop(tensor, None)
+                if to_gpu:
+                    self.there[tensor] = True
+        return out
+
+
+def flat(values):
+    """What is in nested lists and tuples."""
+    return [leaf for value in values for leaf in (flat(value) if isinstance(value, (list, tuple)) else [value])]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A FakeGPU, and what torch.cuda and autocast say of it."""
+    autocast, group = torch.autocast, torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype
+    monkeypatch.setattr("torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype", lambda lists: {
+        (lists[0][0].device, dtype): found for (_, dtype), found in group(lists).items()})  # in C++, which knows better
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype: autocast("cpu", dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 5090")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24 * 2**30, 32 * 2**30))
+    return FakeGPU()
+
+
+def tiny(*overrides):
+    return load_config(REPO / "config" / "quickstart.yaml", [*TINY, "model.n_heads=4", *overrides])
+
+
+def start(config, device):
+    torch.manual_seed(0)
+    model, tokens = Transformer(config.model).to(device), np.random.default_rng(0).integers(0, 512, 9000, np.uint16)
+    precision = hardware.choose_precision(GPU, config.training.use_bf16)[0]
+    return train.Run(config, None, model, make_optimizer(model, config), device, TokenFile(None, tokens, {}, ""),
+                     precision=precision)
+
+
+@pytest.mark.parametrize(("overrides", "close"), [
+    ([], 1e-5), (["optimizer.type=muon"], 1e-3), (["model.n_kv_heads=2", "model.mask_stories=true"], 1e-5),
+    (["model.use_flash_attention=false"], 1e-5), (["training.use_bf16=true"], 0.05)])
+def test_steps_train_as_on_the_cpu_without_a_wait(gpu, overrides, close):
+    config = tiny(*overrides)
+    here = start(config, CPU)
+    for _ in range(3):
+        train.train_step(here, here.model, 10)
+    with gpu:
+        run = start(config, GPU)
+        gpu.waits.clear()
+        for _ in range(3):
+            train.train_step(run, run.model, 10)
+        assert gpu.waits == []
+        train.read_losses(run)
+        assert gpu.waits == ["tolist"]
+    train.read_losses(here)
+    assert torch.tensor(run.unlogged).sub(torch.tensor(here.unlogged)).abs().max() < close
+
+
+@pytest.fixture(scope="module")
+def evaluated(tokenizer, stories):
+    """Validation tokens of that tokenizer."""
+    ids = [token for story in stories[:20] for token in (0, *tokenizer.encode(story).ids)]
+    return TokenFile(None, np.array([*ids, 0], np.uint16), {}, "")
+
+
+def test_evaluation_is_the_cpus_and_does_not_wait_for_batches(gpu, tokenizer, evaluated):
+    config = tiny("model.vocab_size=1500", "model.mask_stories=true")
+    torch.manual_seed(0)
+    model, rest = Transformer(config.model).eval(), (tokenizer, config)
+    here = evaluate(model, evaluated, *rest, CPU, torch.no_grad)
+    likelihood = measure_likelihood(model.eval(), evaluated.tokens, tokenizer, 64, 4, CPU, torch.no_grad, False)
+    with gpu:
+        model.to(GPU)
+        waits = []
+        for limit in (4, 0):
+            gpu.waits.clear()
+            there = evaluate(model, evaluated, *rest, GPU, torch.no_grad, limit)
+            waits.append([*gpu.waits])
+        assert waits[0] == waits[1] == ["to", "to", "cpu"]  # two tables beforehand, the sums at the end
+        assert there == pytest.approx(here, rel=1e-5)
+        found = measure_likelihood(model.eval(), evaluated.tokens, tokenizer, 64, 4, GPU, torch.no_grad, False)
+    assert found.pop("by_position") and likelihood.pop("by_position")
+    assert found == pytest.approx(likelihood, rel=1e-5)
+
+
+@pytest.mark.parametrize(("compute", "settings"), [
+    ("float32", {"temperature": 0.0}), ("bf16", {"top_p": 1.0}),
+    ("float32", {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2})])
+def test_stories_are_the_cpus_with_one_wait_in_eight_tokens(gpu, compute, settings):
+    """In rows of unequal length, some of which end and are filled by others, and past the context."""
+    config = tiny("model.max_seq_len=40", "data.max_seq_len=40", "model.n_kv_heads=2")
+    sampling = replace(config.sampling, max_new_tokens=44, **settings)
+    prompts, seeds = [[0], [0, 5, 9], [0, 5, 9], [0, *range(20, 35)], [0, 3], [0, 3, 8, 1]], range(6)
+
+    def tell(device):
+        torch.manual_seed(0)
+        model = pack(Transformer(config.model).to(device).eval(), compute)
+        gpu.waits.clear()
+        looks = [list(running) for running in generate_tokens(model, prompts, seeds, 0, 100, sampling)]
+        return {told.index: told.new for told in flat(looks)}, len(looks)
+
+    here, _ = tell(CPU)
+    with gpu:
+        there, looks = tell(GPU)
+    assert gpu.waits == ["tolist"] * 2 * looks  # the ids, and their log-probabilities, which are there by then
+    assert there == here
+    lengths = {len(new) for new in here.values()}
+    assert sampling.temperature == 0 or (len(lengths) > 2 and max(lengths) > 40)
+
+
+def test_a_whole_run_goes_as_on_the_cpu(gpu, tiny_config, tmp_path, monkeypatch):
+    """Plan, batch_size auto, steps, evaluations with their stories, checkpoints, and going on from one."""
+    settings = ["training.batch_size=auto", "training.gradient_accumulation_steps=null", "scheduler.lr_decay_iters=6",
+                "training.tokens_per_step=512", "training.eval_steps=2", "sampling.max_new_tokens=5"]
+
+    def run(folder, *stops):
+        for steps in stops:
+            config = tiny_config(*settings, f"training.output_dir={folder}", f"training.max_steps={steps}")
+            latest = tmp_path / folder / LATEST
+            assert train.start_run(config, None, latest if latest.exists() else None) == 0
+        lines = (tmp_path / folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [entry for entry in map(json.loads, lines) if entry["type"] not in ("plan", "final")]
+
+    expected = run("here", 6)
+    monkeypatch.setattr(hardware, "choose_device", lambda name: GPU)
+    with gpu:
+        found = run("there", 4, 6)
+    assert [entry["step"] for entry in found] == [entry["step"] for entry in expected]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.get("samples") == theirs.get("samples")
+        assert mine.get("loss", mine.get("val_loss")) == pytest.approx(theirs.get("loss", theirs.get("val_loss")), 1e-4)
+        assert ("peak_share" in mine) == (mine["type"] == "step")
+
+
+def test_what_a_gpu_has_room_for_is_tried(gpu):
+    config = load_config(MAIN_CONFIG, ["training.batch_size=auto", "training.gradient_accumulation_steps=null",
+                                       "training.tokens_per_step=131072"])
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    tried = []
+
+    def try_it(size):
+        tried.append(size)
+        if size > 32:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.44 GiB. GPU 0 has")
+
+    chosen = hardware.choose_batch_size(config, model, GPU, ALONE, True, try_it).training
+    assert (chosen.batch_size, chosen.gradient_accumulation_steps) == (32, 8)
+    room = 1.5 * 24 * 2**30
+    assert tried == [size for size in (256, 128, 64, 32) if hardware.estimate_memory(model, size, True) < room]
+    assert tried[0] < 256  # or the memory there was not looked at
+
+
+def test_what_torch_says_of_a_gpu_is_what_is_used(gpu, monkeypatch):
+    assert hardware.peak_flops(GPU) == 209.5e12
+    precision, why = hardware.choose_precision(GPU, True)
+    with precision():
+        assert why == "bf16 autocast" and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    assert hardware.choose_compute("auto", GPU) == ("bf16", "")
+    with pytest.raises(UserError, match="only on the cpu, not on cuda"):
+        hardware.choose_compute("int8", GPU)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert hardware.choose_precision(GPU, True)[1] == "float32 (this GPU has no bf16)"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert hardware.choose_device("auto") == torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    used = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert [hardware.choose_device("cuda")] == used == [torch.device("cuda", 1)]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="4 processes on this machine, but it has 2 GPUs"):
+        hardware.choose_device("cuda")
