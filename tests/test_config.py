@@ -29,7 +29,7 @@ def error_line(path: Path, *overrides: str) -> str:
 
 
 @pytest.mark.parametrize(("name", "millions"), [
-    ("quickstart", 1.59), ("tinystories_cpu", 4.75), ("train_config_tinystories_33M_TOP10K", 22.75),
+    ("quickstart", 1.59), ("tinystories_cpu", 2.83), ("train_config_tinystories_33M_TOP10K", 22.75),
     ("train_config_tinystories_small_STANDARD", 64.32), ("tinystories_33M_constant", 22.75), ("speedrun", 22.75),
     ("stories260K", 0.26), ("stories15M", 8.86), ("stories42M", 30.43), ("stories110M", 92.63)])
 def test_every_yaml_loads_and_has_the_size_its_note_says(name, millions):
