@@ -238,6 +238,8 @@ def look(run: Run, validation: TokenFile) -> None:
         before, run.best_val_loss, run.evaluations_without_gain = run.best_val_loss, result["val_loss"], 0
         if not run.save(BEST):  # the file is still the one before
             run.best_val_loss = before
+    run.folder.draw()
+    run.clock = run.iter_num, time.perf_counter()
 
 
 def log_steps(run: Run, bar: tqdm) -> None:
@@ -283,10 +285,9 @@ def train(run: Run, validation: TokenFile, total_steps: int) -> int:
         while not (stopping := run.ranks.any(bool(signals))):
             due = run.iter_num % training.eval_steps == 0 or run.iter_num == total_steps
             if due and run.iter_num > run.evaluated:
-                if run.saved != run.iter_num:  # before the evaluation, which takes a while and may fail
-                    run.save(LATEST)
+                if run.saved != run.iter_num:  # before the evaluation, which takes a while and may fail; not after it,
+                    run.save(LATEST)  # since whoever goes on from here only has to do it again
                 look(run, validation)
-                run.save(LATEST)
                 continue  # a signal may have come meanwhile
             if is_over(run, total_steps):
                 break

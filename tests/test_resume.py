@@ -6,6 +6,7 @@ import random
 import signal
 import socket
 import sys
+import time
 
 import pytest
 import torch
@@ -173,6 +174,24 @@ def test_a_checkpoint_without_its_best_gets_a_new_one(tiny_config, tmp_path):
     assert load_checkpoint(tmp_path / "other" / BEST)["iter_num"] == 12
 
 
+def test_an_evaluation_without_gain_is_drawn_and_takes_no_training_time(tiny_config, tmp_path, monkeypatch):
+    import train
+    drawn, look = [], train.look
+
+    def watched(run, validation):
+        before = time.perf_counter()
+        look(run, validation)
+        assert run.clock >= (run.iter_num, before)
+
+    monkeypatch.setattr(train, "look", watched)
+    monkeypatch.setattr("data.checkpoints.update_report", lambda folder: drawn.append(metrics(folder)[-1]))
+    config = tiny_config("training.output_dir=run", "training.eval_steps=3", "training.max_steps=7",
+                         "optimizer.learning_rate=1e-12", "scheduler.min_lr=0")
+    assert train.start_run(config, None, None) == 0
+    assert drawn == [entry for entry in metrics(tmp_path / "run") if entry["type"] in ("evaluation", "final")]
+    assert len(drawn) == 4 and load_checkpoint(tmp_path / "run" / BEST)["iter_num"] == 3
+
+
 def test_too_long_a_prompt_is_told_before_training(tiny_config, tmp_path):
     from config import UserError
     from train import start_run
@@ -213,6 +232,30 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(tiny_config, tmp_path
     assert train.start_run(config, None, tmp_path / "run" / LATEST) == 0
     kinds = [(entry["type"], entry["step"]) for entry in metrics(tmp_path / "run") if entry["type"] != "step"]
     assert kinds == [("evaluation", 10), ("evaluation", 12), ("final", 12)]
+
+
+def test_a_run_killed_after_an_evaluation_does_it_again_and_saves_no_more_than_it_needs(tiny_config, tmp_path,
+                                                                                         monkeypatch):
+    """What is saved before an evaluation is enough: the same metrics, the same best model, the same weights."""
+    import train
+    saves, save, step = [], train.Run.save, train.train_step
+    monkeypatch.setattr(train.Run, "save", lambda run, name: saves.append((name, run.iter_num)) or save(run, name))
+    settings = ["training.max_steps=22", "training.save_steps=5", "training.keep_checkpoints=0"]
+    assert train.start_run(tiny_config(*settings, "training.output_dir=whole"), None, None) == 0
+    assert saves == [(LATEST, 5), (LATEST, 10), (BEST, 10), (LATEST, 15), (LATEST, 20), (BEST, 20), (LATEST, 22),
+                     (BEST, 22), (LATEST, 22)]
+    killed = tiny_config(*settings, "training.output_dir=killed")
+    monkeypatch.setattr(train, "train_step", lambda run, *rest: interrupt() if run.iter_num == 10 else step(run, *rest))
+    with pytest.raises(KeyboardInterrupt):
+        train.start_run(killed, None, None)
+    assert metrics(tmp_path / "killed")[-1]["type"] == "evaluation"
+    monkeypatch.setattr(train, "train_step", step)
+    assert train.start_run(killed, None, tmp_path / "killed" / LATEST) == 0
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    for name in (LATEST, BEST):
+        expected, found = (load_checkpoint(tmp_path / folder / name) for folder in ("whole", "killed"))
+        assert found["best_val_loss"] == expected["best_val_loss"] and found["iter_num"] == expected["iter_num"]
+        assert all(torch.equal(tensor, expected["model"][key]) for key, tensor in found["model"].items())
 
 
 def test_other_training_tokens_are_refused(tiny_config, tmp_path, stories):

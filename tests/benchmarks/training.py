@@ -4,7 +4,7 @@
     python tests/benchmarks/training.py --against transformers       its LlamaForCausalLM with the same step around it
     python tests/benchmarks/training.py --profile                    a step by operation, and what each should cost
     python tests/benchmarks/training.py --outside                    a short real run: the shares of its time
-    python tests/benchmarks/training.py --everything                 all of it, and a padded vocabulary: on a new machine
+    python tests/benchmarks/training.py --everything                 all of it and a padded vocabulary: on a new machine
 
 Steps are train.py's train_step on random tokens: reading the batch, clipping and fused AdamW are in them. What is
 compared takes turns; the table has medians over the repeats. First step and peak memory are those of a fresh process
