@@ -218,6 +218,8 @@ def test_a_story_depends_on_its_own_seed_and_prompt_and_not_on_its_batch(model, 
 def test_packed_weights_give_a_row_the_same_bits_alone_and_beside_longer_rows(compute, monkeypatch):
     if not hardware.can_prepack(torch.float32 if compute == "float32" else torch.bfloat16):
         pytest.skip("other products than oneDNN's, which for bf16 want AVX-512, promise no bits")
+    if compute == "bf16" and hardware.choose_compute("auto", torch.device("cpu"))[0] != "bf16":
+        pytest.skip("a CPU that only imitates bf16, and so is not used with it, rounds a row by its neighbours")
     model = pack(make_model(d_ffn=1100), compute)  # oneDNN splits so long a sum in a row that is alone
     prompts = [[0, *range(5, 5 + length)] for length in (0, 1, 2, 3, 5, 7, 9, 11, 14, 15, 16, 25, 31, 40)]
 
