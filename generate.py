@@ -69,7 +69,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config.files import naming, open_new
-from config.hardware import PackedLinear, choose_compute, choose_device
+from config.hardware import PackedLinear, choose_compute, choose_device, send
 from config.values import show
 from data.checkpoints import load_checkpoint, newest_checkpoint
 from data.readers import read_prompts
@@ -235,7 +235,7 @@ def generate_tokens(model: Transformer, prompts: Sequence[Sequence[int]], seeds:
             for row, told in enumerate(running):
                 # not `end`, which begins every prompt: else repetition_penalty would keep stories from ending
                 seen[row, [token for token in told.prompt if token != end]] = True
-            seen = seen.to(device, non_blocking=True)
+            seen = send(seen, device)
         while running:
             left = sampling.max_new_tokens - len(running[0].new)  # the same in all rows
             steps = min(check_every, left, context - cache.length)
@@ -252,7 +252,7 @@ def generate_tokens(model: Transformer, prompts: Sequence[Sequence[int]], seeds:
             copy_rows(cache, moved, cache, [order[row] for row in moved])
             del cache.lengths[kept:]
             running = [running[row] for row in order]
-            seen = seen[numbers_on(device, order)] if seen is not None else None
+            seen = seen[send(torch.tensor(order, dtype=torch.int64), device)] if seen is not None else None
             full = [row for row, length in enumerate(cache.lengths) if length == config.max_seq_len]
             for row in full:
                 running[row].window = running[row].window[-(config.max_seq_len // 2):]
@@ -265,7 +265,7 @@ def draw(model: Transformer, cache: KVCache, tokens: Tensor, luck: Tensor, num_t
 
     tokens: int64, (rows, 1), what comes before. The device is waited for once, at the end.
     """
-    tokens, luck = (x.to(model.tok_embeddings.weight.device, non_blocking=True) for x in (tokens, luck))
+    tokens, luck = (send(x, model.tok_embeddings.weight.device) for x in (tokens, luck))
     drawn, log_probabilities = [], []
     for column in luck.unbind(dim=1):
         logits = model(tokens, cache=cache)[:, -1, :num_tokens].float()  # (rows, num_tokens)
@@ -277,16 +277,11 @@ def draw(model: Transformer, cache: KVCache, tokens: Tensor, luck: Tensor, num_t
     return torch.cat(drawn, dim=1).tolist(), torch.cat(log_probabilities, dim=1).tolist()
 
 
-def numbers_on(device: torch.device, numbers: Sequence) -> Tensor:
-    """Whole numbers as int64 on the device, without the wait for it that a list as an index is."""
-    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
-
-
 def copy_rows(cache: KVCache, rows: Sequence[int], source: KVCache, source_rows: Sequence[int]) -> None:
     """Make rows of a cache copies of source_rows of another one, or of itself."""
     if not rows:
         return
-    into, of = numbers_on(cache.device, rows), numbers_on(cache.device, source_rows)
+    into, of = (send(torch.tensor(numbers), cache.device) for numbers in (rows, source_rows))  # lists are waited for
     for mine, theirs in zip(cache.layers, source.layers, strict=True):
         for cached, other in zip(mine, theirs, strict=True):
             cached[into, :, :source.length] = other[of, :, :source.length]
@@ -309,7 +304,7 @@ def prefill(model: Transformer, cache: KVCache, running: Sequence[Continuation],
         size = max(1, PREFILL_TOKENS // length)
         for some in (windows[i:i + size] for i in range(0, len(windows), size)):
             filled = KVCache(model.config, len(some), length, cache.device)
-            model.residual_stream(numbers_on(cache.device, some), filled)
+            model.residual_stream(send(torch.tensor(some), cache.device), filled)
             pairs = [(row, source) for source, window in enumerate(some) for row in rows_of[window]]
             copy_rows(cache, [row for row, _ in pairs], filled, [source for _, source in pairs])
 

@@ -1,9 +1,8 @@
 """A Llama-2 style transformer (Touvron et al., 2023): RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 The names are Meta's (tok_embeddings, layers.N.attention.wq, feed_forward.w1, ...), which converters know. The model
-never shifts its targets: targets[t] is what it must predict at position t (data/tokens.py cuts them so).
-
-Below the model: its parameter and FLOP counts, and the way back from a checkpoint (data/checkpoints.py).
+never shifts its targets: targets[t] is what it must predict at position t (data/tokens.py cuts them so). Below it are
+its parameter and FLOP counts, and the way back from a checkpoint (data/checkpoints.py).
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from config import UserError, config_from_dict
+from config.hardware import send
 from config.schema import ModelConfig
 
 FEWEST_SLOTS = 32  # of a cache that attention looks at: the CPU's products group their sums differently below 16
@@ -76,7 +76,7 @@ class KVCache:
         end, equal = self.length + seq_len, min(self.lengths) == self.length
         if equal and end >= FEWEST_SLOTS:
             return slice(self.length, end), None  # saves scattering and masks
-        starts = torch.tensor(self.lengths[:1] if equal else self.lengths).to(self.device, non_blocking=True)
+        starts = send(torch.tensor(self.lengths[:1] if equal else self.lengths), self.device)
         positions = starts[:, None] + torch.arange(seq_len, device=self.device)  # (1 or rows, seq_len)
         slots = torch.arange(max(end, FEWEST_SLOTS), device=self.device)
         hidden = slots > positions[:, None, :, None]  # (1 or rows, 1, seq_len, slots): what comes after, or is unfilled
@@ -132,8 +132,7 @@ class Attention(nn.Module):
 def story_mask(tokens: Tensor) -> Tensor:
     """What is added to the scores of attention so that a position sees itself and what is before it in its own story.
 
-    float32, (batch, 1, seq_len, seq_len), 0 or -inf. A story begins with SEPARATOR; what a window holds before its
-    first one is the rest of a story.
+    float32, (batch, 1, seq_len, seq_len), 0 or -inf. What a window holds before its first SEPARATOR is a story's rest.
     """
     story = (tokens == SEPARATOR).cumsum(dim=1)  # (batch, seq_len)
     seen = (story[:, None, :, None] == story[:, None, None, :]).tril()
@@ -152,9 +151,11 @@ def flash_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor 
         return torch.cat([plain_attention(rows, keys[:, :, :end], values[:, :, :end],
                                           mask[:, :, end - block:end, :end] if mask is not None else None)
                           for rows, end in zip(queries.split(block, dim=2), ends, strict=True)], dim=2)
-    return F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask.type_as(queries) if mask is not None else None, is_causal=mask is None,
-        enable_gqa=queries.shape[1] != keys.shape[1])
+    group = queries.shape[1] // keys.shape[1]
+    if mask is None:
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=group > 1)
+    keys, values = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (keys, values))  # no kernel has both
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask.type_as(queries))
 
 
 def plain_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -345,6 +346,5 @@ def load_weights(model: Transformer, checkpoint: dict[str, Any], source: str | P
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        raise UserError(f"{source}: its weights do not fit the model of the config: {lines[min(1, len(lines) - 1)]}"
-                        ) from None
+        why = str(error).splitlines()[:2][-1].strip()
+        raise UserError(f"{source}: its weights do not fit the model of the config: {why}") from None

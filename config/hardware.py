@@ -206,6 +206,11 @@ def choose_compute(wanted: str, device: torch.device) -> tuple[str, str]:
     return ("float32", why.removeprefix("float32")) if precision is contextlib.nullcontext else ("bf16", "")
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; to CUDA without waiting for it. On mps such a copy may read what is freed by then."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 class PackedLinear(nn.Module):
     """Linear layers of one input, side by side, in float32, bf16 or int8; float32 in and out, (..., features).
 
