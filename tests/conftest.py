@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,11 @@ from tokenizers import Tokenizer
 from config import load_config
 from data.sample import sample_stories
 from train_custom_tokenizer import train_tokenizer
+
+# a suite started in the background or under nohup ignores these, and so would the programs that it starts and stops
+for name, usual in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, name), usual)
 
 REPO = Path(__file__).resolve().parent.parent
 
