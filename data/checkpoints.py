@@ -116,18 +116,18 @@ def check_resumable(checkpoint: dict[str, Any], source: Path, config: Config, tr
         free = key in ("dropout", "use_flash_attention")  # no weight depends on these
         if not free and before["model"][key] != value:
             raise UserError(f"{source}: model.{key} is {before['model'][key]} there, but {value} in the config: "
-                            "without --config and --set, the checkpoint's own is used")
+                            "--checkpoint without --config and --set takes its own")
     kind, other = before["optimizer"]["type"], now["optimizer"]["type"]
     if kind != other:
         raise UserError(f"{source}: optimizer.type is {kind} there, but {other} in the config: they gather different "
-                        "things of the gradients; without --config and --set, the checkpoint's own is used")
+                        "things of the gradients; --checkpoint without --config and --set takes its own")
     for key in ("dataset", "max_stories"):
         was, new = before["data"][key], now["data"][key]
         # two paths may hold the same stories: of those the tokens tell, once they are there
         if was != new and (key == "max_stories" or "sample" in (was, new)):
             raise UserError(f"{source}: data.{key} is {json.dumps(was)} there, but {json.dumps(new)} in the config: a "
-                            "run goes on with the stories that it began with; without --config and --set, the "
-                            "checkpoint's own is used")
+                            "run goes on with the stories that it began with; --checkpoint without --config and "
+                            "--set takes its own")
     for section, values in now.items():
         changed += [f"{section}.{key} {before[section][key]} -> {value}" for key, value in values.items()
                     if before[section][key] != value and key not in ("show_progress", "output_dir")]

@@ -1,7 +1,7 @@
 """What makes a story model better at a fixed time of training on this machine? One departure from a base at a time.
 
     python docs/experiments/fixed_hour.py --dataset train.txt --validation valid.txt
-    python docs/experiments/fixed_hour.py --minutes 4 --seeds 1 --variants "wider, 2 layers" "vocabulary 4,000"
+    python docs/experiments/fixed_hour.py --minutes 4 --seeds 1 --variants "dropout 0.1" "vocabulary 4,000"
 
 First the speed of every variant is measured, in turns, on a machine that does nothing else; the speed times the minutes
 are the tokens that it may train on, so that a busy hour later on disturbs no result. Then train.py's own loop trains
@@ -152,7 +152,7 @@ def run_variant(config: Config) -> int:
 def result_of(config: Config) -> dict[str, Any]:
     """What is kept of a finished run, plain values."""
     entries = read_metrics(Path(config.training.output_dir) / "metrics.jsonl")
-    last = next(entry for entry in reversed(entries) if entry["type"] == "evaluation")
+    last = next(entry for entry in reversed(entries) if entry["type"] in ("evaluation", "final"))
     return {"seed": config.training.seed, "steps": config.training.max_steps,
             "tokens": config.training.max_steps * config.step_windows * config.model.max_seq_len,
             "parameters": count_parameters(Transformer(config.model)),
@@ -182,6 +182,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def experiment(config: Config, titles: Sequence[str], minutes: float, seeds: int, out: Path) -> int:
     """Measure and train what is not in `out` yet. Returns the exit status: 0, or 128 + the signal that stopped it."""
+    if config.training.batch_size == "auto":
+        raise UserError("training.batch_size: give a number, so that all runs of a variant have the same steps")
     keep_freed_memory()
     torch._dynamo.config.recompile_limit = 8 * len(titles)  # all their models are compiled in this one process
     text = [open_stories(config.data, split).identity for split in ("train", "validation")]
