@@ -53,11 +53,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import hardware
-from config.optimizer import describe_optimizer, make_optimizer
+from config.optimizer import describe_optimizer, load_optimizer, make_optimizer
 from config.ranks import ALONE, Ranks, join_ranks
 from config.schedule import learning_rate, schedule_notes
 from config.values import counted
-from data.checkpoints import BEST, CARRIED, LATEST, RunFolder, check_resumable, hold_folder, load_checkpoint
+from data.checkpoints import BEST, CARRIED, LATEST, check_resumable, load_checkpoint
+from data.run_folder import RunFolder, hold_folder
 from data.tokens import TokenFile, count_windows, dropout_seed, prepare_tokens, read_batch, training_windows
 from evaluate import describe_evaluation, evaluate, evaluate_checkpoint, sample_stories
 from generate import encode_prompts, tell_stories
@@ -109,7 +110,7 @@ class Run:
     unlogged: list[tuple[int, float, float]] = field(default_factory=list)  # step, loss, gradient norm
     norms: list[float] = field(default_factory=list)  # the last gradient norms
     broken: Tensor | None = None  # float32, (): 1 once a gradient was not finite; from then on no step changes a weight
-    saved: int = -1  # the step at which LATEST was last written
+    best_before: float = math.inf  # best_val_loss, should BEST not be written
     clock: tuple[int, float] = (0, 0.0)  # a step and the time when it was done; since then only training took time
 
     @property
@@ -130,25 +131,23 @@ class Run:
     def restore(self, checkpoint: dict[str, Any], source: Path) -> None:
         """Continue where the checkpoint stopped. Raises UserError if that cannot be."""
         load_weights(self.model, checkpoint, source)
-        settings = [{key: of[key] for key in ("betas", "eps", "weight_decay")} for of in self.optimizer.param_groups]
-        try:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{source}: its optimizer is not this one ({error})") from None
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)  # the config's, which may have changed, not the checkpoint's
+        load_optimizer(self.optimizer, checkpoint["optimizer"], source)
         for name in CARRIED:
             setattr(self, name, checkpoint[name])
 
-    def save(self, name: str) -> bool:
-        """Write a checkpoint file, and say whether that worked. All ranks call it, the first one writes."""
+    def save(self, name: str) -> None:
+        """Have a checkpoint file written while the run goes on. All ranks call it, the first one writes."""
         read_losses(self)  # what is saved is known to be sound
-        worked = bool(self.ranks.of_first(self.folder.save(name, self.state)))
-        self.folder.keep_newest(self.config.training.keep_checkpoints)
-        self.folder.draw()
-        if worked and name == LATEST:
-            self.saved = self.iter_num
+        self.finish_save()
+        self.folder.save(name, self.state)
         self.clock = self.iter_num, time.perf_counter()
+
+    def finish_save(self) -> bool:
+        """Wait for the save under way. False, on all ranks, if it failed: the run then goes on from what is on disk."""
+        worked = bool(self.ranks.of_first(self.folder.saved()))
+        if not worked and self.folder.saving == BEST:
+            self.best_val_loss = self.best_before
+        self.folder.keep_newest(self.config.training.keep_checkpoints)
         return worked
 
 
@@ -235,9 +234,8 @@ def look(run: Run, validation: TokenFile) -> None:
     run.evaluated = run.iter_num
     run.evaluations_without_gain += 1
     if result["val_loss"] < run.best_val_loss:
-        before, run.best_val_loss, run.evaluations_without_gain = run.best_val_loss, result["val_loss"], 0
-        if not run.save(BEST):  # the file is still the one before
-            run.best_val_loss = before
+        run.best_before, run.best_val_loss, run.evaluations_without_gain = run.best_val_loss, result["val_loss"], 0
+        run.save(BEST)
     run.folder.draw()
     run.clock = run.iter_num, time.perf_counter()
 
@@ -268,6 +266,12 @@ def log_steps(run: Run, bar: tqdm) -> None:
         print(f"step {run.iter_num:,} of {bar.total:,}: " + ", ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
 
 
+def is_due(run: Run, total_steps: int) -> bool:
+    """Is this step to be evaluated, and has not been?"""
+    at_end = run.iter_num == total_steps
+    return run.iter_num > run.evaluated and (at_end or run.iter_num % run.config.training.eval_steps == 0)
+
+
 def is_over(run: Run, total_steps: int) -> bool:
     """All steps are done, or early stopping ended the run."""
     patience = run.config.training.early_stopping_patience
@@ -283,10 +287,7 @@ def train(run: Run, validation: TokenFile, total_steps: int) -> int:
     run.clock = run.iter_num, time.perf_counter()
     with bar, deferred_interrupts() as signals:
         while not (stopping := run.ranks.any(bool(signals))):
-            due = run.iter_num % training.eval_steps == 0 or run.iter_num == total_steps
-            if due and run.iter_num > run.evaluated:
-                if run.saved != run.iter_num:  # before the evaluation, which takes a while and may fail; not after it,
-                    run.save(LATEST)  # since whoever goes on from here only has to do it again
+            if is_due(run, total_steps):
                 look(run, validation)
                 continue  # a signal may have come meanwhile
             if is_over(run, total_steps):
@@ -298,14 +299,15 @@ def train(run: Run, validation: TokenFile, total_steps: int) -> int:
                 log_steps(run, bar)
             if int(run.epoch) > epochs_done and training.keep_checkpoints:
                 run.save(f"checkpoint_epoch_{int(run.epoch)}.pth")
-            if run.iter_num % training.save_steps == 0:
-                run.save(LATEST)
+            if run.iter_num % training.save_steps == 0 or is_due(run, total_steps):  # before an evaluation, which may
+                run.save(LATEST)  # fail; not after it, since whoever goes on from here only has to do it again
         if not stopping and training.eval_samples:  # until here only a part of the validation split was looked at
             result = evaluate(run.model, validation, run.tokenizer, run.config, run.device, run.precision, 0, run.ranks)
             print(f"all of the validation split: {describe_evaluation(result)}")
             run.folder.record({"type": "final", "step": run.iter_num, "epoch": run.epoch, **result})
         run.completed = 0 if stopping else run.iter_num
-        saved = run.save(LATEST)
+        run.save(LATEST)
+        saved = run.finish_save()
     if not saved:
         raise UserError(f"{training.output_dir}: the last save failed, see above: {LATEST} there is older than the run")
     if stopping:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,17 @@ def describe_optimizer(config: Config) -> str:
     if opt.type == "adamw" or opt.muon_learning_rate in (None, opt.learning_rate):
         return f"{opt.type}, learning rate {opt.learning_rate:g}"
     return f"muon, learning rate {opt.muon_learning_rate:g} ({opt.learning_rate:g} for what adamw does)"
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], source: Path) -> None:
+    """Give it what the checkpoint `source` holds of it, but keep the config's settings, which may be others now."""
+    settings = [{key: of[key] for key in ("betas", "eps", "weight_decay")} for of in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{source}: its optimizer is not this one ({error})") from None
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
 
 
 class MuonWithAdamW(torch.optim.AdamW):

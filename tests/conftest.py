@@ -49,7 +49,7 @@ def tokenizer(stories) -> Tokenizer:
 def undrawn(monkeypatch, request):
     """No report.html at every evaluation of every run here: it would take longer than the tiny model's training."""
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("data.checkpoints.update_report", lambda folder: None)
+        monkeypatch.setattr("data.run_folder.update_report", lambda folder: None)
 
 
 @pytest.fixture

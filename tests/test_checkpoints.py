@@ -5,13 +5,16 @@ import json
 import multiprocessing
 import random
 import re
+import threading
 
 import pytest
 import torch
 
 from config import Config, UserError
 from config.schema import ModelConfig
-from data.checkpoints import BEST, LATEST, RunFolder, check_resumable, hold_folder, load_checkpoint, save_checkpoint
+from data import run_folder
+from data.checkpoints import BEST, LATEST, check_resumable, load_checkpoint, save_checkpoint
+from data.run_folder import RunFolder, hold_folder
 from model import Transformer, model_from_checkpoint
 
 SHAPE = ModelConfig(vocab_size=300, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ffn=48, max_seq_len=32)
@@ -132,7 +135,7 @@ def test_fifty_kills_while_saving_leave_fifty_whole_checkpoints(tmp_path):
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context, draw, path = multiprocessing.get_context(method), random.Random(), tmp_path / LATEST
     if method == "forkserver":
-        context.set_forkserver_preload(["torch", "data.checkpoints", "model", "pytest"])
+        context.set_forkserver_preload(["torch", "data.run_folder", "model", "pytest"])
     parts = 0
     for _ in range(50):
         receiver, sender = context.Pipe(duplex=False)
@@ -152,10 +155,26 @@ def test_fifty_kills_while_saving_leave_fifty_whole_checkpoints(tmp_path):
 
 # The folder of a run
 
+def test_a_checkpoint_is_written_beside_what_comes_next_and_holds_what_was(tmp_path, monkeypatch):
+    go_on, original, weight = threading.Event(), run_folder.save_checkpoint, torch.zeros(100)
+    monkeypatch.setattr(run_folder, "save_checkpoint",
+                        lambda path, checkpoint: go_on.wait(60) and original(path, checkpoint))
+    with hold_folder(tmp_path) as folder:
+        folder.save(LATEST, lambda: make_checkpoint() | {"model": {"embedding": weight, "output": weight.detach()},
+                                                         "optimizer": {"state": [(weight * 2).view(10, 10)]}})
+        assert not (tmp_path / LATEST).exists()
+        weight += 1  # the next step
+        go_on.set()
+    found = load_checkpoint(tmp_path / LATEST)  # leaving the folder has waited
+    assert not found["model"]["embedding"].any() and found["optimizer"]["state"][0].shape == (10, 10)
+    assert found["model"]["embedding"].data_ptr() == found["model"]["output"].data_ptr()  # tied: once
+
+
 def test_a_full_disk_costs_a_line_and_nothing_else(tmp_path, monkeypatch, capsys):
     with hold_folder(tmp_path) as folder:
         folder.record({"step": 1})
-        assert folder.save(LATEST, make_checkpoint)
+        folder.save(LATEST, make_checkpoint)
+        assert folder.saved()
         before = (tmp_path / LATEST).read_bytes()
         full = OSError(28, "No space left on device")
 
@@ -164,7 +183,8 @@ def test_a_full_disk_costs_a_line_and_nothing_else(tmp_path, monkeypatch, capsys
 
         with monkeypatch.context() as patch:
             patch.setattr("os.fsync", refuse)
-            assert not folder.save(LATEST, lambda: make_checkpoint(1))
+            folder.save(LATEST, lambda: make_checkpoint(1))
+            assert not folder.saved()
             patch.setattr("pathlib.Path.open", refuse)
             folder.record({"step": 2})
             folder.record({"step": 3})
@@ -172,7 +192,8 @@ def test_a_full_disk_costs_a_line_and_nothing_else(tmp_path, monkeypatch, capsys
         assert out.count("warning: ") == 2 and out.count("No space left") == 2 and LATEST in out
         assert (tmp_path / LATEST).read_bytes() == before and not list(tmp_path.glob("*.part"))
         folder.record({"step": 4})  # there is room again: nothing was lost
-        assert folder.save(LATEST, lambda: make_checkpoint(1))
+        folder.save(LATEST, lambda: make_checkpoint(1))
+        assert folder.saved()
     lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
     assert (tmp_path / LATEST).read_bytes() != before
@@ -181,9 +202,11 @@ def test_a_full_disk_costs_a_line_and_nothing_else(tmp_path, monkeypatch, capsys
 def test_only_the_newest_epochs_stay(tmp_path):
     with hold_folder(tmp_path) as folder:
         for epoch in range(8, 13):  # 10 comes after 9
-            assert folder.save(f"checkpoint_epoch_{epoch}.pth", make_checkpoint)
+            folder.save(f"checkpoint_epoch_{epoch}.pth", make_checkpoint)
+            assert folder.saved()
             folder.keep_newest(2)
         folder.save(BEST, make_checkpoint)
+        assert folder.saved()
         folder.keep_newest(2)
     kept = {"checkpoint_epoch_11.pth", "checkpoint_epoch_12.pth", BEST}
     assert {path.name for path in tmp_path.glob("*.pth")} == kept
@@ -281,7 +304,8 @@ def test_without_writing_nothing_is_written(tmp_path):
     with hold_folder(tmp_path / "run", writes=False) as folder:
         folder.begin()
         folder.record({"step": 1})
-        assert folder.save(LATEST, make_checkpoint)
+        folder.save(LATEST, make_checkpoint)
+        assert folder.saved()
         folder.keep_newest(0)
     assert isinstance(folder, RunFolder) and not (tmp_path / "run").exists()
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from config.cli import deferred_interrupts
-from data.checkpoints import BEST, LATEST, hold_folder, load_checkpoint
+from data.checkpoints import BEST, LATEST, load_checkpoint
+from data.run_folder import hold_folder
 
 ON_POSIX = pytest.mark.skipif(os.name == "nt", reason="a process cannot be sent signals there")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -184,12 +185,12 @@ def test_an_evaluation_without_gain_is_drawn_and_takes_no_training_time(tiny_con
         assert run.clock >= (run.iter_num, before)
 
     monkeypatch.setattr(train, "look", watched)
-    monkeypatch.setattr("data.checkpoints.update_report", lambda folder: drawn.append(metrics(folder)[-1]))
+    monkeypatch.setattr("data.run_folder.update_report", drawn.append)
     config = tiny_config("training.output_dir=run", "training.eval_steps=3", "training.max_steps=7",
                          "optimizer.learning_rate=1e-12", "scheduler.min_lr=0")
     assert train.start_run(config, None, None) == 0
-    assert drawn == [entry for entry in metrics(tmp_path / "run") if entry["type"] in ("evaluation", "final")]
-    assert len(drawn) == 4 and load_checkpoint(tmp_path / "run" / BEST)["iter_num"] == 3
+    looks = [entry for entry in metrics(tmp_path / "run") if entry["type"] in ("evaluation", "final")]
+    assert len(drawn) == len(looks) == 4 and load_checkpoint(tmp_path / "run" / BEST)["iter_num"] == 3
 
 
 def test_too_long_a_prompt_is_told_before_training(tiny_config, tmp_path):

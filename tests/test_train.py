@@ -6,6 +6,7 @@ import platform
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -427,8 +428,8 @@ def test_a_spike_of_the_gradient_norm_is_reported(tiny_config, tmp_path, monkeyp
 
 def test_a_best_that_could_not_be_saved_is_not_taken_for_saved(tiny_config, tmp_path, monkeypatch):
     """best_model.pth and the loss that is noted for it belong together: the next evaluation tries again."""
-    from data import checkpoints
-    original, refused = checkpoints.save_checkpoint, []
+    from data import run_folder
+    original, refused = run_folder.save_checkpoint, []
 
     def refuse_first_best(path, checkpoint):
         if path.name == "best_model.pth" and not refused:
@@ -436,11 +437,36 @@ def test_a_best_that_could_not_be_saved_is_not_taken_for_saved(tiny_config, tmp_
             raise OSError(28, "No space left on device")
         original(path, checkpoint)
 
-    monkeypatch.setattr(checkpoints, "save_checkpoint", refuse_first_best)
+    monkeypatch.setattr(run_folder, "save_checkpoint", refuse_first_best)
     config = tiny_config("training.output_dir=run", "training.max_steps=11", "optimizer.learning_rate=1e-12",
                          "scheduler.min_lr=0")  # so that no later evaluation is better than the one that was refused
     assert start_run(config, None, None) == 0
     assert refused and load_checkpoint(tmp_path / "run" / "best_model.pth")["iter_num"] == 11
+
+
+def test_training_does_not_wait_for_a_checkpoint(tiny_config, tmp_path, monkeypatch):
+    """The file of step 5 is only written once step 7 is done, and holds the weights of step 5."""
+    import train
+    from data import run_folder
+    write, step, done, written, weights = run_folder.save_checkpoint, train.train_step, threading.Event(), [], {}
+
+    def write_later(path, checkpoint):
+        if checkpoint["iter_num"] == 5:
+            assert done.wait(20)
+        written.append((checkpoint["iter_num"], checkpoint["model"]["tok_embeddings.weight"]))
+        write(path, checkpoint)
+
+    def watched(run, *rest):
+        step(run, *rest)
+        weights[run.iter_num] = run.model.tok_embeddings.weight.detach().clone()
+        if run.iter_num == 7:
+            done.set()
+
+    monkeypatch.setattr(run_folder, "save_checkpoint", write_later)
+    monkeypatch.setattr(train, "train_step", watched)
+    assert start_run(tiny_config("training.output_dir=run", "training.max_steps=12"), None, None) == 0
+    assert [number for number, _ in written][:2] == [5, 10]
+    assert all(torch.equal(weight, weights[number]) for number, weight in written)
 
 
 def test_early_stopping_ends_the_run(tiny_config, tmp_path, capsys):
