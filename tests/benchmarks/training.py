@@ -4,7 +4,7 @@
     python tests/benchmarks/training.py --against transformers       its LlamaForCausalLM with the same step around it
     python tests/benchmarks/training.py --profile                    a step by operation, and what each should cost
     python tests/benchmarks/training.py --outside                    a short real run: the shares of its time
-    python tests/benchmarks/training.py --everything                 all of it and a padded vocabulary: on a new machine
+    python tests/benchmarks/training.py --everything                 all of it, a padded vocabulary and CUDA graphs
 
 Steps are train.py's train_step on random tokens: reading the batch, clipping and fused AdamW are in them. What is
 compared takes turns; the table has medians over the repeats. First step and peak memory are those of a fresh process
@@ -43,6 +43,7 @@ from model import Transformer, count_parameters, flops_per_token  # noqa: E402
 CONFIGS = ["quickstart", "tinystories_cpu", "train_config_tinystories_33M_TOP10K"]
 WAYS = ["eager float32", "eager bf16", "compiled float32", "compiled bf16"]
 PADDED = "compiled bf16 padded"  # the vocabulary, to a multiple of 128, with tokens that nobody uses
+GRAPHS = "compiled bf16 graphs"  # CUDA graphs; on a CPU there are none. Never tried on a GPU yet
 CPU_TOKENS = 2048  # of a micro-batch on the CPU, if the config's has more
 OTHERS = "norms, elementwise"
 # a profiler's name -> group; the first that matches counts, the rest is OTHERS
@@ -66,7 +67,7 @@ def make_theirs(config: Config) -> nn.Module:
 
 
 def make_step(config: Config, way: str, device: torch.device) -> tuple[Callable[[], None], nn.Module]:
-    """One call is one optimizer step. `way`: PADDED, or as in WAYS, perhaps with "transformers" before it."""
+    """One call is one optimizer step. `way`: PADDED, GRAPHS, or as in WAYS, perhaps with "transformers" before it."""
     torch.manual_seed(0)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, 5_000_000).astype(np.uint16)
     if way == PADDED:
@@ -76,7 +77,14 @@ def make_step(config: Config, way: str, device: torch.device) -> tuple[Callable[
     bf16 = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
     run = train.Run(config, None, model, train.make_optimizer(model, config), device, TokenFile(None, tokens, {}, ""),
                     precision=bf16 if "bf16" in way else contextlib.nullcontext)
-    compute = torch.compile(model, dynamic=False) if "compiled" in way else model
+    compute = model
+    if "compiled" in way:
+        compute = torch.compile(model, dynamic=False, mode="reduce-overhead" if way == GRAPHS else None)
+    if way == GRAPHS:  # gradients that a graph made are overwritten when it runs again: add them to what is not its own
+        gradients = [torch.zeros_like(parameter) for parameter in model.parameters()]
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        run.optimizer.zero_grad = lambda set_to_none: torch._foreach_zero_(gradients)
     forward = (lambda x, y: compute(input_ids=x, labels=x).loss) if "transformers" in way else compute  # it shifts
 
     def step() -> None:
@@ -124,14 +132,22 @@ def measure_speed(name: str, config: Config, ways: list[str], args: argparse.Nam
     if not args.no_first:
         with tempfile.TemporaryDirectory() as folder:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-            for way in ways:
+            for way in (way for way in ways if way != GRAPHS):
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
                     firsts[way] = pool.apply(measure_first, (config, way, device))
         del os.environ["TORCHINDUCTOR_CACHE_DIR"]
     steps, times = {}, {way: [] for way in ways}
-    for way in ways:
+    for way in list(ways):
         steps[way], model = make_step(config, way, device)
-        seconds_of(steps[way], device, 0)
+        try:
+            for _ in range(4 if way == GRAPHS else 1):  # it warms up, records and only then repeats
+                seconds_of(steps[way], device, 0)
+        except RuntimeError as error:
+            if way != GRAPHS:
+                raise
+            print(f"| {name} | {way} | failed: {str(error).splitlines()[0]} |", flush=True)
+            ways = [other for other in ways if other != way]
+            del steps[way], times[way]
         if way in WAYS:
             flops = flops_per_token(model)
     if device.type == "cuda":  # a step of ours that waits for the device is an error; transformers' do
@@ -295,14 +311,14 @@ def main() -> None:
     device = choose_device(args.device)
     keep_freed_memory()  # as train.py does: transformers' steps gain by it too
     products, bandwidth = measure_machine(device)
-    peak = peak_flops(device) or products["bf16"]
+    peak = peak_flops(device) or max(products.values())
     print(f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else device}, {torch.get_num_threads()} "
           f"threads, torch {torch.__version__}; a large product runs at {products['float32'] / 1e12:,.3f} TFLOP/s in "
           f"float32 and {products['bf16'] / 1e12:,.3f} in bf16, copying at {bandwidth / 1e9:,.0f} GB/s; shares are of "
           f"{peak / 1e12:,.3f} TFLOP/s\n", flush=True)
     args.against = "transformers" if args.everything else args.against
     ways = [*args.ways, *(f"transformers {way}" for way in WAYS if way in args.ways and args.against)]
-    ways += [PADDED] * (args.everything and "compiled bf16" in args.ways)
+    ways += [PADDED, GRAPHS] * (args.everything and "compiled bf16" in args.ways)
     if not (args.profile or args.outside) or args.everything:
         print(f"medians of {args.repeats}\n\n"
               "| config | way | tokens/s | share of peak | first step, s | peak memory, MiB |"
