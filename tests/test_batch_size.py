@@ -30,7 +30,7 @@ def quickstart(*overrides):
     (AUTO, "batch_size auto is worked out from training.tokens_per_step: set that"),
     (["training.batch_size=auto"], "set that, such as 32768, and gradient_accumulation_steps to null"),
     (["training.batch_size=auto", "training.tokens_per_step=2048"], "gradient_accumulation_steps 1 with batch_size"),
-    ([*AUTO, "training.tokens_per_step=1000"], "1000 is not a multiple of 256, model.max_seq_len: it could be 1024"),
+    ([*AUTO, "training.tokens_per_step=1000"], "not a multiple of 256, model.max_seq_len 256: it could be 1024"),
     (["training.gradient_accumulation_steps=null"], "gradient_accumulation_steps null is worked out from training."),
     (["training.gradient_accumulation_steps=null", "training.tokens_per_step=3000"], "it could be 4096"),
     (["training.tokens_per_step=4096"], "4096 is not batch_size 8 * gradient_accumulation_steps 1"),
