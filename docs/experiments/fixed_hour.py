@@ -153,8 +153,8 @@ def result_of(config: Config) -> dict[str, Any]:
     """What is kept of a finished run, plain values."""
     entries = read_metrics(Path(config.training.output_dir) / "metrics.jsonl")
     last = next(entry for entry in reversed(entries) if entry["type"] in ("evaluation", "final"))
-    return {"seed": config.training.seed, "steps": config.training.max_steps,
-            "tokens": config.training.max_steps * config.step_windows * config.model.max_seq_len,
+    return {"seed": config.training.seed, "steps": last["step"],
+            "tokens": last["step"] * config.step_windows * config.model.max_seq_len,
             "parameters": count_parameters(Transformer(config.model)),
             "bits_per_byte": last["bits_per_byte"], "val_loss": last["val_loss"]}
 
