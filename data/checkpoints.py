@@ -112,22 +112,21 @@ def check_resumable(checkpoint: dict[str, Any], source: Path, config: Config, tr
         raise UserError(f"{source}: was trained on other stories than the training tokens hold now: give it back its "
                         "data.dataset and its files, or train a new model on these")
     before, now, changed = config_from_dict(checkpoint["config"], str(source)).to_dict(), config.to_dict(), []
+    cure = "--checkpoint without --config and --set takes its own"
     for key, value in now["model"].items():
         free = key in ("dropout", "use_flash_attention")  # no weight depends on these
         if not free and before["model"][key] != value:
-            raise UserError(f"{source}: model.{key} is {before['model'][key]} there, but {value} in the config: "
-                            "--checkpoint without --config and --set takes its own")
+            raise UserError(f"{source}: model.{key} is {before['model'][key]} there, but {value} in the config: {cure}")
     kind, other = before["optimizer"]["type"], now["optimizer"]["type"]
     if kind != other:
         raise UserError(f"{source}: optimizer.type is {kind} there, but {other} in the config: they gather different "
-                        "things of the gradients; --checkpoint without --config and --set takes its own")
+                        f"things of the gradients; {cure}")
     for key in ("dataset", "max_stories"):
         was, new = before["data"][key], now["data"][key]
         # two paths may hold the same stories: of those the tokens tell, once they are there
         if was != new and (key == "max_stories" or "sample" in (was, new)):
             raise UserError(f"{source}: data.{key} is {json.dumps(was)} there, but {json.dumps(new)} in the config: a "
-                            "run goes on with the stories that it began with; --checkpoint without --config and "
-                            "--set takes its own")
+                            f"run goes on with the stories that it began with; {cure}")
     for section, values in now.items():
         changed += [f"{section}.{key} {before[section][key]} -> {value}" for key, value in values.items()
                     if before[section][key] != value and key not in ("show_progress", "output_dir")]
