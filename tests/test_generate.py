@@ -422,6 +422,16 @@ def test_whose_loss_it_is_depends_on_whether_the_run_is_over(folder, tmp_path, m
     assert part in capsys.readouterr().err
 
 
+def test_a_checkpoint_from_before_the_first_evaluation_says_so(folder, tmp_path, monkeypatch, capsys):
+    checkpoint = load_checkpoint(folder / "checkpoints" / "my run" / "best_model.pth")
+    content = {key: value for key, value in checkpoint.items() if key not in ("format", "digest")}
+    save_checkpoint(tmp_path / "latest.pth", {**content, "best_val_loss": math.inf})
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--device", "cpu", "--checkpoint", str(tmp_path / "latest.pth")])
+    main()
+    told = capsys.readouterr().err
+    assert "epoch 2.50, not evaluated yet\n" in told and "warning" not in told and "inf" not in told
+
+
 def test_prompts_come_from_a_file_and_stories_go_to_a_file(run_generate, folder):
     done = run_generate("--prompts_file", "prompts.txt", "--num_samples", "2", "--seed", "5", "--out", "out.jsonl",
                         "--temperature", "0.9", "--compute", "float32", "--max_new_tokens", "60")
