@@ -81,6 +81,14 @@ def test_the_largest_divisor_of_the_step_that_fits_is_found():
     assert choose_batch_size(fixed, None, CPU, ALONE, False, None) is fixed
 
 
+@pytest.mark.parametrize("message", [
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "std::bad_alloc",
+    "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9",
+    "Storage size calculation overflowed with sizes=[10000000000, 10000000000]"])
+def test_whatever_a_library_says_of_too_little_memory_it_is_understood(message):
+    assert found(quickstart(*step_of(32)), fits=9, message=message) == (8, 4, [32, 16, 8])
+
+
 class Pair(Ranks):
     """Two ranks, of which the other has room for 4 windows only."""
 

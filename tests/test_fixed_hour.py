@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import sys
@@ -15,6 +16,7 @@ import fixed_hour
 
 import train
 from data.checkpoints import LATEST, load_checkpoint
+from data.sample import sample_stories
 
 SETTINGS = ["data.max_stories=200", "model.vocab_size=512", "model.d_model=32", "model.n_layers=1", "model.n_heads=1",
             "model.d_ffn=64", "training.use_bf16=false", "training.use_compile=false", "training.show_progress=false",
@@ -96,14 +98,29 @@ def test_the_table_has_means_spreads_and_differences():
     assert [row[6] for row in rows] == ["-0.1500", "", "+0.1500"]
 
 
-def test_speeds_are_measured_once(tmp_path, monkeypatch):
+def test_another_text_of_the_same_name_has_a_tokenizer_and_a_run_of_its_own(run, tmp_path):
+    for number in (60, 80):
+        text = "\n<|endoftext|>\n".join(itertools.islice(sample_stories(seed=1), number))
+        (tmp_path / "mine.txt").write_text(text, encoding="utf-8")
+        assert run("--dataset", "mine.txt", "--validation", "sample", "--minutes", "0.001", variants=("base",)) == 0
+    first, second = ((path / "tokenizer.json").read_bytes() for path in (tmp_path / "out").glob("tokenizer-*"))
+    assert first != second and len(list((tmp_path / "out").glob("*.run.json"))) == 2
+
+
+def test_speeds_are_measured_once_for_each_shape(tmp_path, monkeypatch):
     monkeypatch.setattr(fixed_hour, "TURN_SECONDS", 0.0)
-    config = fixed_hour.load_config(fixed_hour.CONFIG, SETTINGS)
-    configs = {title: fixed_hour.configure(config, title, [], tmp_path) for title in ("base", "dropout 0.1")}
-    measured = fixed_hour.measure_speeds(configs, tmp_path / "speeds.json")
-    assert all(speed > 0 for speed in measured.values())
-    monkeypatch.setattr(fixed_hour, "make_step", None)
-    assert fixed_hour.measure_speeds(configs, tmp_path / "speeds.json") == measured
+    timed, make_step = [], fixed_hour.make_step
+    monkeypatch.setattr(fixed_hour, "make_step", lambda config: timed.append(config) or make_step(config))
+
+    def measure(*overrides):
+        config = fixed_hour.load_config(fixed_hour.CONFIG, [*SETTINGS, *overrides])
+        configs = {title: fixed_hour.configure(config, title, [], tmp_path) for title in ("base", "dropout 0.1")}
+        return fixed_hour.measure_speeds(configs, tmp_path / "speeds.json")
+
+    measured = measure()
+    assert all(speed > 0 for speed in measured.values()) and len(timed) == 2
+    assert measure("optimizer.learning_rate=1e-3", "training.seed=7") == measured and len(timed) == 2
+    assert measure("model.d_ffn=128") != measured and len(timed) == 4
 
 
 @pytest.mark.parametrize("title", fixed_hour.VARIANTS)

@@ -411,7 +411,8 @@ def test_the_script_takes_the_newest_checkpoint_and_says_what_it_is(run_generate
 @pytest.mark.parametrize(("name", "completed", "part"), [
     ("best_model.pth", 0, "epoch 2.50, validation loss 2.750"), ("best_model.pth", 1234, ", validation loss 2.750"),
     ("checkpoint_latest.pth", 1234, "best of its run: validation loss 2.750"),
-    ("checkpoint_latest.pth", 0, "best of its run so far: validation loss 2.750")])
+    ("checkpoint_latest.pth", 0, "best of its run so far: validation loss 2.750"),
+    ("checkpoint_latest.pth", 1000, "best of its run so far: validation loss 2.750")])  # it was over, and went on
 def test_whose_loss_it_is_depends_on_whether_the_run_is_over(folder, tmp_path, monkeypatch, capsys, name, completed,
                                                              part):
     checkpoint = load_checkpoint(folder / "checkpoints" / "my run" / "best_model.pth")
