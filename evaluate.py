@@ -55,7 +55,7 @@ from config.hardware import choose_compute, choose_device, choose_precision
 from config.ranks import ALONE, Ranks
 from config.values import counted
 from data.checklist import check_likelihood, check_run
-from data.checkpoints import load_checkpoint, newest_checkpoint
+from data.checkpoints import check_model, load_checkpoint, newest_checkpoint
 from data.likelihood import measure_likelihood
 from data.measures import learn
 from data.report import EVALUATION, read_metrics, update_report
@@ -194,6 +194,7 @@ def evaluate_checkpoint(config: Config, checkpoint_path: Path, data: str | None 
     if os.environ.get("RANK", "0") != "0":
         return
     device, checkpoint = choose_device(config.hardware.device), load_checkpoint(checkpoint_path)
+    check_model(checkpoint, checkpoint_path, config)
     model = model_from_checkpoint(checkpoint, checkpoint_path, device)
     tokenizer = tokenizer_from_json(checkpoint["tokenizer"], str(checkpoint_path))
     progress = config.training.show_progress

@@ -442,9 +442,9 @@ def main() -> None:
     encode_prompts(tokenizer, prompts, checkpoint["config"]["model"]["max_seq_len"])  # told before a file is opened
     over = "" if checkpoint.get("completed") == checkpoint["iter_num"] else " so far"
     loss, whose = checkpoint["best_val_loss"], "" if path.name == "best_model.pth" else f"best of its run{over}: "
-    print(f"{path}: step {checkpoint['iter_num']:,}, epoch {checkpoint['epoch']:.2f}, {whose}validation loss "
-          f"{loss:.3f}", file=sys.stderr)
-    if loss > GOOD_LOSS:
+    known = f"{whose}validation loss {loss:.3f}" if loss < math.inf else "not evaluated yet"
+    print(f"{path}: step {checkpoint['iter_num']:,}, epoch {checkpoint['epoch']:.2f}, {known}", file=sys.stderr)
+    if GOOD_LOSS < loss < math.inf:
         print(f"warning: that loss is above {GOOD_LOSS}: expect mistakes in grammar; train longer", file=sys.stderr)
     compute, why = choose_compute(args.compute, device)
     print(f"computing in {compute}{why}", file=sys.stderr)

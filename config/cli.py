@@ -30,7 +30,8 @@ class Parser(argparse.ArgumentParser):
 
 def add_config_arguments(parser: argparse.ArgumentParser, default: Path) -> None:
     """Add --config and --set; `default` is only named in the help: the script falls back to it itself."""
-    parser.add_argument("--config", type=Path, metavar="FILE", help=f"YAML file (default: config/{default.name})")
+    parser.add_argument("--config", type=Path, metavar="FILE",
+                        help=f"YAML file (default: {os.path.relpath(default.resolve(), REPO)})")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE",
                         help="override one value of the YAML; may be given many times")
 

@@ -54,11 +54,12 @@ def check_combinations(config: Config, source: str, origins: Mapping[str, str]) 
          "found, so make it null"),
         ((t.tokens_per_step or micro_batch) % micro_batch == 0,
          f"training.tokens_per_step {t.tokens_per_step} is not a multiple of {micro_batch}, "
-         + ("model.max_seq_len" if auto else f"training.batch_size {t.batch_size} windows of {m.max_seq_len}")
+         + ("" if auto else f"training.batch_size {t.batch_size} windows of ") + f"model.max_seq_len {m.max_seq_len}"
          + f": it could be {-(-(t.tokens_per_step or 0) // micro_batch) * micro_batch}"),
         (None in (t.tokens_per_step, steps) or t.tokens_per_step == micro_batch * (steps or 0),
          f"training.tokens_per_step {t.tokens_per_step} is not batch_size {t.batch_size} * gradient_accumulation_steps "
-         f"{steps} * max_seq_len {m.max_seq_len}, {micro_batch * (steps or 0)}: make gradient_accumulation_steps null"),
+         f"{steps} * model.max_seq_len {m.max_seq_len}, {micro_batch * (steps or 0)}: make gradient_accumulation_steps "
+         "null"),
     ]
     for holds, message in rules:
         if not holds:

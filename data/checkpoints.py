@@ -21,6 +21,7 @@ from config.files import replacing
 FORMAT = 2
 KEYS = {"model": dict, "config": dict, "tokenizer": str, "iter_num": int, "epoch": float, "best_val_loss": float}
 LATEST, BEST = "checkpoint_latest.pth", "best_model.pth"
+OWN = "--checkpoint without --config and --set takes its own"
 OURS = re.compile(r"checkpoint_latest\.pth|best_model\.pth|checkpoint_epoch_\d+\.pth")
 # what a checkpoint holds of train.py's Run, beside its weights and its optimizer
 CARRIED = ("iter_num", "position", "best_val_loss", "evaluations_without_gain", "evaluated", "completed", "unlogged",
@@ -89,6 +90,15 @@ def newest_checkpoint(folder: Path = Path("checkpoints")) -> Path:
     return max(files, key=lambda path: path.stat().st_mtime_ns)
 
 
+def check_model(checkpoint: dict[str, Any], source: Path, config: Config) -> None:
+    """Raise UserError if the config's model is another one than the checkpoint's."""
+    theirs = config_from_dict(checkpoint["config"], str(source)).to_dict()["model"]
+    for key, value in config.to_dict()["model"].items():
+        free = key in ("dropout", "use_flash_attention")  # no weight depends on these
+        if not free and theirs[key] != value:
+            raise UserError(f"{source}: model.{key} is {theirs[key]} there, but {value} in the config: {OWN}")
+
+
 def check_resumable(checkpoint: dict[str, Any], source: Path, config: Config, train_digest: str | None = None,
                     ) -> list[str]:
     """Raise UserError if a run with this config cannot go on from the checkpoint. Returns what changed, for a note.
@@ -102,23 +112,18 @@ def check_resumable(checkpoint: dict[str, Any], source: Path, config: Config, tr
     if train_digest not in (None, checkpoint["train_digest"]):
         raise UserError(f"{source}: was trained on other stories than the training tokens hold now: give it back its "
                         "data.dataset and its files, or train a new model on these")
+    check_model(checkpoint, source, config)
     before, now, changed = config_from_dict(checkpoint["config"], str(source)).to_dict(), config.to_dict(), []
-    for key, value in now["model"].items():
-        free = key in ("dropout", "use_flash_attention")  # no weight depends on these
-        if not free and before["model"][key] != value:
-            raise UserError(f"{source}: model.{key} is {before['model'][key]} there, but {value} in the config: "
-                            "--checkpoint without --config and --set takes its own")
     kind, other = before["optimizer"]["type"], now["optimizer"]["type"]
     if kind != other:
         raise UserError(f"{source}: optimizer.type is {kind} there, but {other} in the config: they gather different "
-                        "things of the gradients; --checkpoint without --config and --set takes its own")
+                        f"things of the gradients; {OWN}")
     for key in ("dataset", "max_stories"):
         was, new = before["data"][key], now["data"][key]
         # two paths may hold the same stories: of those the tokens tell, once they are there
         if was != new and (key == "max_stories" or "sample" in (was, new)):
             raise UserError(f"{source}: data.{key} is {json.dumps(was)} there, but {json.dumps(new)} in the config: a "
-                            "run goes on with the stories that it began with; --checkpoint without --config and "
-                            "--set takes its own")
+                            f"run goes on with the stories that it began with; {OWN}")
     for section, values in now.items():
         changed += [f"{section}.{key} {before[section][key]} -> {value}" for key, value in values.items()
                     if before[section][key] != value and key not in ("show_progress", "output_dir")]

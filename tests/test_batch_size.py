@@ -30,7 +30,7 @@ def quickstart(*overrides):
     (AUTO, "batch_size auto is worked out from training.tokens_per_step: set that"),
     (["training.batch_size=auto"], "set that, such as 32768, and gradient_accumulation_steps to null"),
     (["training.batch_size=auto", "training.tokens_per_step=2048"], "gradient_accumulation_steps 1 with batch_size"),
-    ([*AUTO, "training.tokens_per_step=1000"], "1000 is not a multiple of 256, model.max_seq_len: it could be 1024"),
+    ([*AUTO, "training.tokens_per_step=1000"], "not a multiple of 256, model.max_seq_len 256: it could be 1024"),
     (["training.gradient_accumulation_steps=null"], "gradient_accumulation_steps null is worked out from training."),
     (["training.gradient_accumulation_steps=null", "training.tokens_per_step=3000"], "it could be 4096"),
     (["training.tokens_per_step=4096"], "4096 is not batch_size 8 * gradient_accumulation_steps 1"),
@@ -79,6 +79,14 @@ def test_the_largest_divisor_of_the_step_that_fits_is_found():
         found(quickstart(*step_of(32)), fits=0, message="another fault")
     fixed = quickstart("training.batch_size=4")
     assert choose_batch_size(fixed, None, CPU, ALONE, False, None) is fixed
+
+
+@pytest.mark.parametrize("message", [
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "std::bad_alloc",
+    "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9",
+    "Storage size calculation overflowed with sizes=[10000000000, 10000000000]"])
+def test_whatever_a_library_says_of_too_little_memory_it_is_understood(message):
+    assert found(quickstart(*step_of(32)), fits=9, message=message) == (8, 4, [32, 16, 8])
 
 
 class Pair(Ranks):

@@ -1,12 +1,13 @@
 """The YAML files load, and whatever is wrong in one is told in one line."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from config import UserError, config_from_dict, load_config
+from config import UserError, add_config_arguments, config_from_dict, load_config
 from model import Transformer, count_parameters
 
 REPO = Path(__file__).resolve().parent.parent
@@ -119,6 +120,13 @@ def test_a_wrong_override_names_itself(override, part):
      "5e-1", "scheduler.min_lr 1"),
     (["model.d_model=154"], "--set model.d_model=154", "of a head of 22 dimensions"),
     (["training.tokens_per_step=4096", "optimizer.type=muon"], "--set training.tokens_per_step=4096", "is not"),
+    (["model.max_seq_len=300", "data.max_seq_len=300", "training.tokens_per_step=1000"],
+     "--set model.max_seq_len=300, --set training.tokens_per_step=1000", "64 windows of model.max_seq_len 300: it"),
+    (["model.max_seq_len=300", "data.max_seq_len=300", "training.tokens_per_step=19200"],
+     "--set model.max_seq_len=300, --set training.tokens_per_step=19200", "* model.max_seq_len 300, 76800"),
+    (["training.batch_size=auto", "training.gradient_accumulation_steps=null", "training.tokens_per_step=1000",
+      "data.max_seq_len=300", "model.max_seq_len=300"], "--set training.tokens_per_step=1000, --set model.max_seq_len="
+     "300", "not a multiple of 300, model.max_seq_len 300: it could be 1200"),
     (["training.batch_size=auto", "training.gradient_accumulation_steps=2", "training.tokens_per_step=4096"],
      "--set training.batch_size=auto, --set training.gradient_accumulation_steps=2", "with batch_size auto")])
 def test_overrides_that_do_not_go_together_are_named_and_no_others(overrides, named, part):
@@ -137,6 +145,13 @@ def test_the_width_that_is_suggested_is_not_refused_in_its_turn(heads, width, sh
 def test_overrides_win_and_the_last_one_wins(tmp_path):
     config = load_config(MAIN, ["training.batch_size=8", "training.batch_size=16", "data.validation=null"])
     assert config.training.batch_size == 16 and config.data.validation is None
+
+
+@pytest.mark.parametrize("default", ["config/quickstart.yaml", "docs/experiments/articles.yaml"])
+def test_help_says_where_the_default_config_is(default):
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser, REPO / default)
+    assert f"(default: {Path(default)})" in " ".join(parser.format_help().split())
 
 
 def test_a_missing_file_names_the_nearest():

@@ -291,6 +291,15 @@ def test_a_checkpoint_is_looked_at_from_all_sides(trained, tmp_path, capsys):
         100 * sum(part for part, _ in articles) / sum(whole for _, whole in articles))
 
 
+@pytest.mark.parametrize(("shape", "part"), [({"max_seq_len": 128}, "model.max_seq_len is 64 there, but 128"),
+                                             ({"d_model": 64}, "model.d_model is 32 there, but 64")])
+def test_a_config_of_another_model_is_one_line(trained, shape, part):
+    """As train.py --eval_only with another --config has it."""
+    config = config_of(trained)
+    with pytest.raises(UserError, match=part):
+        evaluate_checkpoint(dataclasses.replace(config, model=dataclasses.replace(config.model, **shape)), trained)
+
+
 def test_fewer_stories_than_asked_for_are_explained(trained, capsys):
     evaluate_checkpoint(config_of(trained), trained, num_stories=8)
     assert "note: " not in capsys.readouterr().out

@@ -145,7 +145,7 @@ def test_stopped_by_ctrl_c_it_keeps_the_runs_that_were_done(tmp_path, monkeypatc
         run(monkeypatch)
     (kept,) = (tmp_path / "out").glob("*.json")
     assert json.loads(kept.read_bytes())["variant"] == articles.BASE.title
-    assert "1 finished runs" in capsys.readouterr().out and (tmp_path / "out" / "results.md").exists()
+    assert "1 finished run:" in capsys.readouterr().out and (tmp_path / "out" / "results.md").exists()
 
 
 def test_an_unknown_variant_is_one_line(monkeypatch):

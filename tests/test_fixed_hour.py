@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import signal
 import sys
 
 import pytest
@@ -12,11 +14,14 @@ sys.path.insert(0, str(REPO / "docs" / "experiments"))
 
 import fixed_hour
 
-from data.checkpoints import LATEST
+import train
+from data.checkpoints import LATEST, load_checkpoint
+from data.sample import sample_stories
 
 SETTINGS = ["data.max_stories=200", "model.vocab_size=512", "model.d_model=32", "model.n_layers=1", "model.n_heads=1",
             "model.d_ffn=64", "training.use_bf16=false", "training.use_compile=false", "training.show_progress=false",
-            "sampling.max_new_tokens=4", "hardware.device=cpu", "data.max_seq_len=256"]
+            "sampling.max_new_tokens=4", "hardware.device=cpu", "data.max_seq_len=256",
+            "training.batch_size=4"]  # the base has steps of half the size
 STEP_TOKENS = 2048
 
 
@@ -40,11 +45,18 @@ def kept(folder):
     return {of["variant"]: of for of in (json.loads(path.read_bytes()) for path in folder.glob("*.run.json"))}
 
 
+def tokens_trained_on(folder, title):
+    """By the checkpoint that the run left."""
+    (path,) = folder.glob(f"{title.replace(' ', '-')}-*/{LATEST}")
+    checkpoint = load_checkpoint(path)
+    return checkpoint["position"] * checkpoint["config"]["model"]["max_seq_len"]
+
+
 def test_each_variant_trains_for_the_same_time_and_only_once(run, tmp_path, monkeypatch, capsys):
     assert run() == 0
     results = kept(tmp_path / "out")
-    assert results["base"]["tokens"] == 6 * STEP_TOKENS  # 3 seconds
-    assert results["context 128"]["tokens"] == 12 * STEP_TOKENS
+    for title, tokens in {"base": 3 * 4096, "context 128": 3 * 8192}.items():  # 0.05 minutes are 3 seconds
+        assert results[title]["tokens"] == tokens_trained_on(tmp_path / "out", title) == tokens
     table = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert all(f"{of['bits_per_byte']:.4f}" in table for of in results.values())
 
@@ -58,22 +70,22 @@ def test_each_variant_trains_for_the_same_time_and_only_once(run, tmp_path, monk
 
 
 def test_a_stopped_run_goes_on_where_it_was(run, tmp_path, monkeypatch, capsys):
-    whole, checkpoints = fixed_hour.start_run, []
+    """By Ctrl-C in its third step: what comes of it is what comes of a run that nobody stopped."""
+    step, steps = train.train_step, []
 
-    def stopped(config, source, checkpoint, resume):
-        checkpoints.append(checkpoint)
-        if checkpoint is None:  # a first start: what Ctrl-C after three steps leaves
-            half = fixed_hour.config_from_dict(config.to_dict(), "", ["training.max_steps=3"])
-            assert whole(half, source, None) == 0
-            return 130
-        return whole(config, source, checkpoint, resume)
-    monkeypatch.setattr(fixed_hour, "start_run", stopped)
+    def interrupted(of, *rest):
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGINT)
+        steps.append(of.iter_num)
+        step(of, *rest)
+    monkeypatch.setattr(train, "train_step", interrupted)
     assert run(variants=("base",)) == 130
     assert "the same command goes on" in capsys.readouterr().out
-    assert not kept(tmp_path / "out")
+    assert steps == [0, 1, 2] and not kept(tmp_path / "out")
     assert run(variants=("base",)) == 0
-    assert checkpoints[0] is None and checkpoints[1].name == LATEST
-    assert kept(tmp_path / "out")["base"]["steps"] == 6
+    assert steps == list(range(12))
+    assert run("--out", "whole", variants=("base",)) == 0
+    assert kept(tmp_path / "out") == kept(tmp_path / "whole") != {}
 
 
 def test_the_table_has_means_spreads_and_differences():
@@ -86,14 +98,29 @@ def test_the_table_has_means_spreads_and_differences():
     assert [row[6] for row in rows] == ["-0.1500", "", "+0.1500"]
 
 
-def test_speeds_are_measured_once(tmp_path, monkeypatch):
+def test_another_text_of_the_same_name_has_a_tokenizer_and_a_run_of_its_own(run, tmp_path):
+    for number in (60, 80):
+        text = "\n<|endoftext|>\n".join(itertools.islice(sample_stories(seed=1), number))
+        (tmp_path / "mine.txt").write_text(text, encoding="utf-8")
+        assert run("--dataset", "mine.txt", "--validation", "sample", "--minutes", "0.001", variants=("base",)) == 0
+    first, second = ((path / "tokenizer.json").read_bytes() for path in (tmp_path / "out").glob("tokenizer-*"))
+    assert first != second and len(list((tmp_path / "out").glob("*.run.json"))) == 2
+
+
+def test_speeds_are_measured_once_for_each_shape(tmp_path, monkeypatch):
     monkeypatch.setattr(fixed_hour, "TURN_SECONDS", 0.0)
-    config = fixed_hour.load_config(fixed_hour.CONFIG, SETTINGS)
-    configs = {title: fixed_hour.configure(config, title, [], tmp_path) for title in ("base", "dropout 0.1")}
-    measured = fixed_hour.measure_speeds(configs, tmp_path / "speeds.json")
-    assert all(speed > 0 for speed in measured.values())
-    monkeypatch.setattr(fixed_hour, "make_step", None)
-    assert fixed_hour.measure_speeds(configs, tmp_path / "speeds.json") == measured
+    timed, make_step = [], fixed_hour.make_step
+    monkeypatch.setattr(fixed_hour, "make_step", lambda config: timed.append(config) or make_step(config))
+
+    def measure(*overrides):
+        config = fixed_hour.load_config(fixed_hour.CONFIG, [*SETTINGS, *overrides])
+        configs = {title: fixed_hour.configure(config, title, [], tmp_path) for title in ("base", "dropout 0.1")}
+        return fixed_hour.measure_speeds(configs, tmp_path / "speeds.json")
+
+    measured = measure()
+    assert all(speed > 0 for speed in measured.values()) and len(timed) == 2
+    assert measure("optimizer.learning_rate=1e-3", "training.seed=7") == measured and len(timed) == 2
+    assert measure("model.d_ffn=128") != measured and len(timed) == 4
 
 
 @pytest.mark.parametrize("title", fixed_hour.VARIANTS)
@@ -106,9 +133,12 @@ def test_variants_are_sound_and_differ_from_the_base(title, tmp_path):
     assert same == (title == "base")
 
 
-@pytest.mark.parametrize("arguments", [("--variants", "wider"), ("--minutes", "0"), ("--seeds", "0"),
-                                       ("--out", "file")])
-def test_bad_arguments_are_one_line(run, tmp_path, arguments):
+@pytest.mark.parametrize(("flag", "value", "part"), [
+    ("--variants", "wider", "invalid choice: 'wider'"), ("--minutes", "0", "more than 0"),
+    ("--seeds", "0", "a whole number, at least 1"), ("--out", "file", "is a file: name a folder")])
+def test_bad_arguments_are_one_line(run, tmp_path, flag, value, part):
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(fixed_hour.UserError, match=arguments[1]):
-        run(*arguments)
+    with pytest.raises(fixed_hour.UserError) as caught:
+        run(flag, value)
+    line = str(caught.value)
+    assert flag in line and value in line and part in line and "\n" not in line

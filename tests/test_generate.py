@@ -411,7 +411,8 @@ def test_the_script_takes_the_newest_checkpoint_and_says_what_it_is(run_generate
 @pytest.mark.parametrize(("name", "completed", "part"), [
     ("best_model.pth", 0, "epoch 2.50, validation loss 2.750"), ("best_model.pth", 1234, ", validation loss 2.750"),
     ("checkpoint_latest.pth", 1234, "best of its run: validation loss 2.750"),
-    ("checkpoint_latest.pth", 0, "best of its run so far: validation loss 2.750")])
+    ("checkpoint_latest.pth", 0, "best of its run so far: validation loss 2.750"),
+    ("checkpoint_latest.pth", 1000, "best of its run so far: validation loss 2.750")])  # it was over, and went on
 def test_whose_loss_it_is_depends_on_whether_the_run_is_over(folder, tmp_path, monkeypatch, capsys, name, completed,
                                                              part):
     checkpoint = load_checkpoint(folder / "checkpoints" / "my run" / "best_model.pth")
@@ -420,6 +421,16 @@ def test_whose_loss_it_is_depends_on_whether_the_run_is_over(folder, tmp_path, m
     monkeypatch.setattr(sys, "argv", ["generate.py", "--device", "cpu", "--checkpoint", str(tmp_path / name)])
     main()
     assert part in capsys.readouterr().err
+
+
+def test_a_checkpoint_from_before_the_first_evaluation_says_so(folder, tmp_path, monkeypatch, capsys):
+    checkpoint = load_checkpoint(folder / "checkpoints" / "my run" / "best_model.pth")
+    content = {key: value for key, value in checkpoint.items() if key not in ("format", "digest")}
+    save_checkpoint(tmp_path / "latest.pth", {**content, "best_val_loss": math.inf})
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--device", "cpu", "--checkpoint", str(tmp_path / "latest.pth")])
+    main()
+    told = capsys.readouterr().err
+    assert "epoch 2.50, not evaluated yet\n" in told and "warning" not in told and "inf" not in told
 
 
 def test_prompts_come_from_a_file_and_stories_go_to_a_file(run_generate, folder):

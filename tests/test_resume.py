@@ -101,6 +101,17 @@ def test_a_closed_terminal_may_be_told_twice(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
+@ON_POSIX
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with deferred_interrupts() as received:
+            signal.raise_signal(signal.SIGHUP)
+        assert received == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(("second", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_leaves_at_once(second, status, monkeypatch):
     monkeypatch.setattr(os, "_exit", sys.exit)  # so that it can be caught here

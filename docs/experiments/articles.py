@@ -33,6 +33,7 @@ from config.cli import Parser, positive
 from config.files import replacing
 from config.hardware import choose_compile, choose_device, choose_precision
 from config.ranks import ALONE
+from config.values import counted
 from data.stories import open_stories
 from data.tokens import END_OF_STORY, IGNORED, TokenFile, article_mask
 from train import Run, prepare_run, train_step, try_batch
@@ -156,7 +157,7 @@ def experiment(config: Config, variants: Sequence[Variant], seeds: int, out: Pat
     text = [open_stories(config.data, split).identity for split in ("train", "validation")]
     runs = [(variant, *plan(config, variant, seed, text, out)) for seed in range(seeds) for variant in variants]
     missing = [run for run in runs if not run[2].exists()]
-    print(f"{len(runs)} runs, {len(runs) - len(missing)} of them done before", flush=True)
+    print(f"{counted(len(runs), 'run')}, {len(runs) - len(missing)} of them done before", flush=True)
     yardstick = Yardstick(*prepare(runs[0][1])) if missing else None
     try:
         for number, (variant, made, path) in enumerate(missing, 1):

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure  # no pyplot: no global state, and no windo
 
 from config import UserError
 from config.files import replacing
+from config.values import counted
 from data.likelihood import measure_likelihood
 from data.measures import ARTICLES, learn, measure, split_words
 from data.report import GRID, INK
@@ -120,7 +121,7 @@ def report(results: Sequence[dict[str, Any]], out: Path) -> None:
         file.write(f"{table(runs, real)}\n\n{stories(runs)}\n".encode())
     with replacing(out / "why_articles.png") as file:
         draw(runs, real).savefig(file, format="png", dpi=90)
-    print(f"{len(results)} finished runs: {out / 'results.md'} and why_articles.png beside it")
+    print(f"{counted(len(results), 'finished run')}: {out / 'results.md'} and why_articles.png beside it")
 
 
 def table(runs: dict[str, list[dict]], real: dict[str, float | None]) -> str:

@@ -21,21 +21,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(REPO))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where the project is
 
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from tqdm import tqdm
 
-from config import Config, UserError, add_config_arguments, config_from_dict, load_config, run_script  # noqa: E402
-from config.cli import Parser, positive  # noqa: E402
-from config.files import replacing  # noqa: E402
-from config.hardware import choose_compile, choose_device, choose_precision, keep_freed_memory  # noqa: E402
-from data.checkpoints import LATEST  # noqa: E402
-from data.report import read_metrics  # noqa: E402
-from data.stories import open_stories  # noqa: E402
-from model import Transformer, count_parameters  # noqa: E402
-from train import accumulate_gradients, make_optimizer, start_run  # noqa: E402
+from config import Config, UserError, add_config_arguments, config_from_dict, load_config, run_script
+from config.cli import Parser, positive
+from config.files import replacing
+from config.hardware import choose_compile, choose_device, choose_precision, keep_freed_memory
+from config.optimizer import make_optimizer
+from data.checkpoints import LATEST
+from data.report import read_metrics
+from data.stories import open_stories
+from model import Transformer, count_parameters
+from train import accumulate_gradients, start_run
 
 CONFIG = Path(__file__).with_suffix(".yaml")
 BASE = "base"
@@ -153,8 +153,8 @@ def result_of(config: Config) -> dict[str, Any]:
     """What is kept of a finished run, plain values."""
     entries = read_metrics(Path(config.training.output_dir) / "metrics.jsonl")
     last = next(entry for entry in reversed(entries) if entry["type"] in ("evaluation", "final"))
-    return {"seed": config.training.seed, "steps": config.training.max_steps,
-            "tokens": config.training.max_steps * config.step_windows * config.model.max_seq_len,
+    return {"seed": config.training.seed, "steps": last["step"],
+            "tokens": last["step"] * config.step_windows * config.model.max_seq_len,
             "parameters": count_parameters(Transformer(config.model)),
             "bits_per_byte": last["bits_per_byte"], "val_loss": last["val_loss"]}
 
