@@ -191,6 +191,7 @@ def read_losses(run: Run) -> None:
     values = torch.stack([mean, torch.stack(norms)]).tolist()  # (2, steps)
     for step, position, loss, norm in zip(steps, positions, *values, strict=True):
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            run.folder.saved()  # waits: what is being written counts
             kept = f"{LATEST} is from an earlier step" if (run.folder.path / LATEST).exists() else "nothing was saved"
             raise UserError(f"step {step:,}: loss {loss:g}, gradient norm {norm:g}: not finite, so training stopped; "
                             f"{find_fault(run, position)}; {kept}. Try a lower optimizer.learning_rate, a longer "

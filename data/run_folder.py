@@ -15,7 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import UserError
+from config.cli import deferred_interrupts
 from config.files import only_one, remove_leftovers, replacing
+from config.values import one_line
 from data.checkpoints import BEST, LATEST, OURS, save_checkpoint
 from data.loggers import Logger, open_logger
 from data.report import PICTURE, REPORT, update_report
@@ -151,9 +153,10 @@ class RunFolder:
             self._thread.submit(update_report, self.path)
 
     def close(self) -> None:
-        """Wait until all is written and drawn."""
-        self.draw()
-        self._thread.shutdown()
+        """Wait until all is written and drawn. Signals wait, too: torchrun sends one once any process has left."""
+        with deferred_interrupts():
+            self.draw()
+            self._thread.shutdown()
 
     def keep_newest(self, count: int) -> None:
         """Remove all checkpoint_epoch_N.pth but the `count` written last."""
@@ -168,13 +171,17 @@ class RunFolder:
 
 @contextlib.contextmanager
 def _told(path: Path, already: bool = False) -> Iterator[None]:
-    """Turn a disk that refuses (full, unplugged, over quota) into a line: training goes on and tries again later."""
+    """Turn a disk that refuses (full, unplugged, over quota) into a line: training goes on and tries again later.
+
+    Too little memory for the file is told as well: torch.save makes a RuntimeError of it.
+    """
     try:
         yield
-    except OSError as error:
+    except (OSError, MemoryError, RuntimeError) as error:
         if not already:
-            tqdm.write(f"warning: {path}: not saved ({error.strerror or error}); what was there is kept, the run goes "
-                       "on and tries again at the next save")
+            reason = getattr(error, "strerror", None) or one_line(error) or "out of memory"
+            tqdm.write(f"warning: {path}: not saved ({reason}); what was there is kept, the run goes on and tries "
+                       "again at the next save")
 
 
 @contextlib.contextmanager

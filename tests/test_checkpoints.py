@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import random
 import re
+import signal
 import threading
 
 import pytest
@@ -172,6 +173,42 @@ def test_a_checkpoint_is_written_beside_what_comes_next_and_holds_what_was(tmp_p
     found = load_checkpoint(tmp_path / LATEST)  # leaving the folder has waited
     assert not found["model"]["embedding"].any() and found["optimizer"]["state"][0].shape == (10, 10)
     assert found["model"]["embedding"].data_ptr() == found["model"]["output"].data_ptr()  # tied: once
+
+
+def test_an_error_on_its_way_out_is_told_and_the_save_under_way_kept_whatever_signal_comes(tmp_path, monkeypatch):
+    """As under torchrun, which sends SIGTERM to the process that writes as soon as another one has left."""
+    leaving, original = threading.Event(), run_folder.save_checkpoint
+
+    def write_when_interrupted(path, checkpoint):
+        assert leaving.wait(20)
+        signal.raise_signal(signal.SIGINT)
+        original(path, checkpoint)
+
+    monkeypatch.setattr(run_folder, "save_checkpoint", write_when_interrupted)
+    with pytest.raises((UserError, KeyboardInterrupt)) as caught, hold_folder(tmp_path) as folder:
+        shutdown = folder._thread.shutdown
+        monkeypatch.setattr(folder._thread, "shutdown", lambda: leaving.set() or shutdown())
+        folder.save(LATEST, make_checkpoint)
+        raise UserError("not finite")
+    assert caught.type is UserError
+    assert load_checkpoint(tmp_path / LATEST)["iter_num"] == 3
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail at inline_container.cc:672]")])
+def test_too_little_memory_for_a_file_costs_no_later_one(tmp_path, monkeypatch, capsys, error):
+    """torch.save makes the second of the first."""
+    def refuse(*args):
+        raise error
+
+    with hold_folder(tmp_path) as folder:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "save", refuse)
+            folder.save(LATEST, make_checkpoint)
+            assert not folder.saved()
+        folder.save(LATEST, make_checkpoint)
+        assert folder.saved()
+    assert f"not saved ({str(error) or 'out of memory'})" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / LATEST)["iter_num"] == 3
 
 
 def test_a_full_disk_costs_a_line_and_nothing_else(tmp_path, monkeypatch, capsys):

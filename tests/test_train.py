@@ -364,6 +364,18 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(ti
     assert not (tmp_path / "run" / "best_model.pth").exists()
 
 
+def test_a_run_that_breaks_while_it_saves_says_that_it_saved(tiny_config, tmp_path, monkeypatch):
+    """The first checkpoint is only written when someone waits for it."""
+    from data import run_folder
+    write, saved, awaited = run_folder.save_checkpoint, run_folder.RunFolder.saved, threading.Event()
+    monkeypatch.setattr(run_folder, "save_checkpoint", lambda *args: awaited.wait(20) and write(*args))
+    monkeypatch.setattr(run_folder.RunFolder, "saved", lambda own: (own.saving and awaited.set()) or saved(own))
+    poison(monkeypatch, 7, lambda gradient: gradient * math.nan)
+    with pytest.raises(UserError, match=r"checkpoint_latest\.pth is from an earlier step"):
+        start_run(tiny_config("training.output_dir=run"), None, None)
+    assert load_checkpoint(tmp_path / "run" / "checkpoint_latest.pth")["iter_num"] == 5
+
+
 @OPTIMIZERS
 def test_a_bad_gradient_changes_no_weight_nor_does_any_step_after_it(tiny_config, optimizer):
     """So that the step can be repeated and looked at, without a wait for the device at every step."""
