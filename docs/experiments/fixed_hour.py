@@ -57,6 +57,9 @@ VARIANTS = {  # title: settings. A step is 2,048 tokens in all of them but those
     "steps of 1,024 tokens": ("training.batch_size=4",),
     "learning rate 4e-3": ("optimizer.learning_rate=4e-3",),
     "vocabulary 4,000, learning rate 4e-3": ("model.vocab_size=4000", "optimizer.learning_rate=4e-3"),
+    "vocabulary 4,000, learning rate 8e-3": ("model.vocab_size=4000", "optimizer.learning_rate=8e-3"),
+    "vocabulary 4,000, learning rate 4e-3, steps of 1,024 tokens": (
+        "model.vocab_size=4000", "optimizer.learning_rate=4e-3", "training.batch_size=4"),
 }
 
 
