@@ -40,6 +40,8 @@ def parse_arguments() -> argparse.Namespace:
             raise UserError(f"--set {override}: the model is the checkpoint's, and cannot be changed here")
     if args.out and not args.out.parent.is_dir():
         raise UserError(f"--out {args.out}: there is no folder {args.out.parent}: make it, or name another file")
+    if args.out and not os.access(args.out.parent, os.W_OK):
+        raise UserError(f"--out {args.out}: the folder {args.out.parent} cannot be written to: name another file")
     return args
 
 
@@ -220,7 +222,7 @@ def evaluate_checkpoint(config: Config, checkpoint_path: Path, data: str | None 
     print()
     if train_file:
         metrics = read_metrics(checkpoint_path.parent / "metrics.jsonl")
-        checks = [*check_run(checkpoint, config, train_file),
+        checks = [*check_run(checkpoint, checkpoint_path, config, train_file),
                   *check_likelihood(likelihood, checkpoint["iter_num"], metrics, GOOD_LOSS)]
         result["checks"] = [check._asdict() for check in checks]
         print(checkpoint_path)

@@ -310,7 +310,7 @@ def train(run: Run, validation: TokenFile, total_steps: int) -> int:
         run.save(LATEST)
         saved = run.finish_save()
     if not saved:
-        raise UserError(f"{training.output_dir}: the last save failed, see above: {LATEST} there is older than the run")
+        raise UserError(f"{training.output_dir}: the last save failed, see above: there is no {LATEST} or an older one")
     if stopping:
         print(f"stopped at step {run.iter_num:,} of {total_steps:,} and saved. To go on:\n"
               f"  python train.py --checkpoint {shlex.quote(str(run.folder.path / LATEST))}")

@@ -22,7 +22,8 @@ def parse_arguments() -> Config:
     """The config, with what the command line changes in it."""
     parser = Parser(description="Train a byte-level BPE tokenizer on stories.")
     add_config_arguments(parser, MAIN_CONFIG)
-    parser.add_argument("--vocab_size", type=positive, help="all tokens, special ones and bytes too (model.vocab_size)")
+    parser.add_argument("--vocab_size", type=lambda text: positive(text, low=259), help="all tokens, the 256 bytes and "
+                        "3 special ones too (model.vocab_size)")
     parser.add_argument("--output_dir", help="where to write it (data.tokenizer_path)")
     parser.add_argument("--max_samples", type=positive, help="stories to learn from (tokenizer.max_samples)")
     parser.add_argument("--min_frequency", type=positive, help="a pair seen less often is not merged (tokenizer.min_"

@@ -82,12 +82,15 @@ def open_new(path: Path, flag: str) -> Iterator[TextIO]:
     """A new file to write; UserError if it is there already: stories are never overwritten. Left empty, it goes."""
     if path.exists():
         raise UserError(f"{flag} {path}: is there already; name another file, or remove it")
+    if not path.parent.is_dir():
+        raise UserError(f"{flag} {path}: there is no folder {path.parent}: make it, or name another file")
     with naming(f"{flag} {path}"):
         file = path.open("x", encoding="utf-8", newline="\n")
     try:
-        with file:
-            yield file
+        yield file
     finally:
+        with contextlib.suppress(OSError):  # a full disk has been told
+            file.close()
         with contextlib.suppress(OSError):
             if path.stat().st_size == 0:
                 path.unlink()

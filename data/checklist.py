@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from config import Config
 from config.schedule import learning_rate, schedule_notes
+from data.checkpoints import LATEST
 from data.tokens import TokenFile, count_windows
 
 
@@ -22,8 +25,8 @@ class Check(NamedTuple):
     meaning: str = ""
 
 
-def check_run(checkpoint: dict[str, Any], config: Config, train_file: TokenFile) -> list[Check]:
-    """What the checkpoint says of its training: finished or not, vocabulary, tokenizer, learning rate, steps."""
+def check_run(checkpoint: dict[str, Any], source: Path, config: Config, train_file: TokenFile) -> list[Check]:
+    """What the checkpoint in the file `source` says of its training: finished or not, vocabulary, rate, steps, ..."""
     step, training = checkpoint["iter_num"], config.training
     windows = count_windows(len(train_file.tokens), config.model.max_seq_len)
     remaining = training.num_epochs * windows - checkpoint.get("position", 0)
@@ -35,7 +38,8 @@ def check_run(checkpoint: dict[str, Any], config: Config, train_file: TokenFile)
         checks = [Check("ok", "checkpoint", f"{where}; at the last step of its run")]
     else:
         checks = [Check("look", "checkpoint", f"{where}; not at the end of its run",
-                        "the best or a saved model of an unfinished run: python train.py --resume goes on")]
+                        "the best or a saved model of an unfinished run, which goes on by\n"
+                        f"       python train.py --checkpoint {shlex.quote(str(source.with_name(LATEST)))}")]
     over = checkpoint.get("completed") == step and step < planned
     checks.append(Check("ok" if step >= planned or over else "look", "steps", f"{step:,} done of {planned:,} planned"
                         + (" (stopped early, as the config allows)" if over else "")))

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from config import UserError
 from config.cli import deferred_interrupts
 from config.files import only_one, remove_leftovers, replacing
-from config.values import one_line
-from data.checkpoints import BEST, LATEST, OURS, save_checkpoint
+from config.values import counted, one_line
+from data.checkpoints import BEST, LATEST, OURS, load_checkpoint, save_checkpoint
 from data.loggers import Logger, open_logger
 from data.report import PICTURE, REPORT, update_report
 
@@ -33,6 +33,13 @@ def copy_of(value: Any, copies: dict[tuple, Tensor]) -> Any:
     if isinstance(value, dict):
         return {key: copy_of(item, copies) for key, item in value.items()}
     return type(value)(copy_of(item, copies) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def steps_of(folder: Path) -> int:
+    """Of the run whose files are in `folder`; 0 if there is none."""
+    with contextlib.suppress(UserError):
+        return load_checkpoint(folder / LATEST)["iter_num"]
+    return 0
 
 
 class RunFolder:
@@ -102,6 +109,11 @@ class RunFolder:
         earlier = [path for path in self.path.iterdir() if OURS.fullmatch(path.name)]
         if not earlier:  # a run that never saved is none to keep, and replaces none
             return
+        here, there = steps_of(self.path), steps_of(previous)
+        if there > here:
+            raise UserError(f"{self.path}: holds a run of {counted(here, 'step')}, and starting anew would put it in "
+                            f"place of that of {there:,} in {previous}: move or remove one of them, set training."
+                            f"output_dir to another folder, or go on with one: --checkpoint {previous / LATEST}")
         previous.mkdir(exist_ok=True)
         others = (self.metrics.name, REPORT, PICTURE)
         for path in previous.iterdir():

@@ -65,7 +65,8 @@ class Stories:
                 break
         if not counts["stories"]:
             dropped = {key: counts[key] for key in ("empty", "stubs", "unrepairable", "held_out") if counts[key]}
-            why = ", ".join(f"{number} {key.replace('_', ' ')}" for key, number in dropped.items())
+            dropped = {key.replace("held_out", "kept for the other split"): number for key, number in dropped.items()}
+            why = ", ".join(f"{number} {key}" for key, number in dropped.items())
             why = f"all {sum(dropped.values())} stories were dropped: {why}" if dropped else "there is no story in it"
             advice = "; set data.validation, or another data.validation_fraction" if counts["held_out"] else ""
             raise UserError(f"{self.name}: {why}{advice}")

@@ -300,6 +300,16 @@ def test_a_run_that_never_saved_does_not_replace_the_one_kept(tmp_path):
     assert runs(tmp_path / "previous") == (1, [1])
 
 
+def test_two_forgetful_starts_do_not_lose_the_long_run(tmp_path):
+    run_in(tmp_path, 200)
+    run_in(tmp_path, 10)  # started anew by mistake, and stopped early
+    assert "would put it in place of that of 200 in" in refusal(run_in, tmp_path, 0)
+    assert runs(tmp_path) == (10, [10]) and runs(tmp_path / "previous") == (200, [200])
+    run_in(tmp_path, 11, tmp_path / LATEST)  # to go on with either is no loss
+    run_in(tmp_path, 201, tmp_path / "previous" / LATEST)
+    assert runs(tmp_path)[0] == 201 and runs(tmp_path / "previous")[0] == 11
+
+
 def test_only_files_of_runs_are_moved_or_removed(tmp_path):
     """What a user puts there stays there."""
     for name in ("mine.pth", "film.mp4.part", "previous/mine/notes.txt", "previous/mine.pth"):

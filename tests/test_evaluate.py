@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,7 +164,7 @@ def test_labels_that_are_off_by_one_are_named(tokenizer, stories, ahead, mark, w
 # The checklist
 
 def checks_of(checkpoint, config, file, **changes):
-    return {check.name: check for check in check_run({**checkpoint, **changes}, config, file)}
+    return {check.name: check for check in check_run({**checkpoint, **changes}, Path("a run/best.pth"), config, file)}
 
 
 def test_the_checklist_tells_a_finished_run_from_others(tiny_config):
@@ -180,6 +181,8 @@ def test_the_checklist_tells_a_finished_run_from_others(tiny_config):
     halfway = checks_of(done, config, file, iter_num=6, position=48, completed=0)
     assert {halfway[name].mark for name in ("checkpoint", "steps", "learning rate")} == {"look"}
     assert "6 done of 13 planned" in halfway["steps"].found
+    meaning = halfway["checkpoint"].meaning
+    assert "train.py --checkpoint" in meaning and str(Path("a run", "checkpoint_latest.pth")) in meaning
     assert checks_of(done, config, file, train_digest="other")["tokenizer"].mark == "bad"
     slow = tiny_config("scheduler.lr_decay_iters=35000")
     assert "35,000" in checks_of(done, slow, file)["learning rate"].meaning

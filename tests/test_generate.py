@@ -1,6 +1,7 @@
 """Tokens are drawn as asked, cache and batch change nothing, stories start and stop where they should; the script."""
 
 import copy
+import io
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from conftest import REPO
 
 import generate
 from config import Config, UserError, hardware, run_script
+from config.files import naming, open_new
 from config.schema import ModelConfig, SamplingConfig
 from data.checkpoints import load_checkpoint, save_checkpoint
 from data.tokens import END_OF_STORY
@@ -431,6 +433,19 @@ def test_a_checkpoint_from_before_the_first_evaluation_says_so(folder, tmp_path,
     main()
     told = capsys.readouterr().err
     assert "epoch 2.50, not evaluated yet\n" in told and "warning" not in told and "inf" not in told
+
+
+def test_a_full_disk_under_out_is_not_blamed_on_standard_output(tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(28, "No space left on device")
+
+        close = flush  # tries once more to write what is left
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"^--out a\.jsonl: No space left"):
+        patch.setattr("pathlib.Path.open", lambda *args, **kwargs: Full())
+        with naming("standard output"), open_new(tmp_path / "a.jsonl", "--out") as file, naming("--out a.jsonl"):
+            print("{}", file=file, flush=True)
 
 
 def test_prompts_come_from_a_file_and_stories_go_to_a_file(run_generate, folder):

@@ -254,7 +254,7 @@ def test_nothing_left_is_told_with_the_reasons(tmp_path):
     assert str(path) in error_of(lambda: train(path))
     path = write_txt(tmp_path / "c.txt", ["The only story."])
     message = error_of(lambda: list(opened(path, "validation", validation_fraction=1e-9)))
-    assert "1 held out" in message and "data.validation" in message
+    assert "1 kept for the other split" in message and "data.validation" in message
 
 
 # ---- the hub
