@@ -32,8 +32,7 @@ SETTINGS = [field.name for field in dataclasses.fields(SamplingConfig) if field.
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description="Tell stories with a trained model. What is not given is taken from the sampling "
-                                "section of the checkpoint's config.")
+    parser = Parser(description="Tell stories with a trained model. Defaults are those of its config's sampling.")
     parser.add_argument("--checkpoint", type=Path, help="a .pth file (default: the newest under checkpoints/)")
     begin = parser.add_mutually_exclusive_group()
     begin.add_argument("--prompt", default="Once upon a time there was", help="how the story begins (%(default)s)")
@@ -372,9 +371,14 @@ def tell_and_print(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[s
                    seeds: Sequence[int], record: Callable[[str, int, Story], None]) -> None:
     """Print stories: one while it grows, many in their order with a progress bar. Each is recorded when it is done."""
     alone, start, done, waiting, following = len(prompts) == 1, time.perf_counter(), [], {}, 0
+    lengths, show = {}, printer(tokenizer) if alone else lambda running: None  # lengths: tokens of each story so far
+
+    def watch(running: list[Continuation]) -> None:
+        lengths.update((told.index, len(told.new)) for told in running)
+        show(running)
     progress = tqdm(total=len(prompts), desc="stories", unit="story", leave=False, disable=True if alone else None)
     try:
-        for story in tell_stories(model, tokenizer, prompts, sampling, seeds, printer(tokenizer) if alone else None):
+        for story in tell_stories(model, tokenizer, prompts, sampling, seeds, watch):
             record(prompts[story.index], seeds[story.index], story)
             done.append(story)
             progress.update()
@@ -385,14 +389,13 @@ def tell_and_print(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[s
     finally:  # on Ctrl-C, too, what is done is printed
         progress.close()
         print("\n\n" if alone else "".join(f"{waiting[index]}\n\n" for index in sorted(waiting)), end="", flush=True)
-        total, cut = sum(len(story.tokens) for story in done), sum(not story.ended for story in done)
-        longest = max((len(story.tokens) for story in done), default=0)
+        total, cut = sum(lengths.values()), sum(not story.ended for story in done)
         notes = [f"{total:,} tokens, {total / (time.perf_counter() - start):,.0f} tokens/s"]
         if len(done) < len(prompts):
             notes.append(f"{len(done):,} of {len(prompts):,} stories told")
         if cut:
             notes.append(f"{cut:,} cut after {sampling.max_new_tokens} new tokens (max_new_tokens)")
-        if longest >= model.config.max_seq_len:
+        if max(lengths.values(), default=0) >= model.config.max_seq_len:
             notes.append(f"past {model.config.max_seq_len} tokens, its context, the model went on from the last half")
         print("; ".join(notes), file=sys.stderr)
 
@@ -449,17 +452,14 @@ def main() -> None:
     compute, why = choose_compute(args.compute, device)
     print(f"computing in {compute}{why}", file=sys.stderr)
     model = pack(model_from_checkpoint(checkpoint, path, device), compute)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(naming("standard output"))  # what else is written names itself
-        file = stack.enter_context(open_new(args.out, "--out")) if args.out else None
-
+    with naming("standard output"), (open_new(args.out, "--out") if args.out else contextlib.nullcontext()) as file:
         def record(sampling: SamplingConfig, prompt: str, seed: int, story: Story) -> None:
             if file is not None:
                 settings = {name: getattr(sampling, name) for name in SETTINGS if name != "seed"}
                 settings |= {"compute": compute, "checkpoint": str(path)}
                 line = {"prompt": prompt, "seed": seed, "text": story.text, "tokens": story.tokens,
                         "mean_log_probability": story.log_probability, "ended": story.ended, "settings": settings}
-                with naming(f"--out {args.out}"):
+                with naming(f"--out {args.out}"):  # not standard output
                     print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
 
         if args.interactive:

@@ -79,7 +79,10 @@ def naming(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_new(path: Path, flag: str) -> Iterator[TextIO]:
-    """A new file to write; UserError if it is there already: stories are never overwritten. Left empty, it goes."""
+    """A new file to write lines to; UserError if it is there already: stories are never overwritten.
+
+    Whatever ends it, a full disk included, only whole lines stay, and no empty file.
+    """
     if path.exists():
         raise UserError(f"{flag} {path}: is there already; name another file, or remove it")
     if not path.parent.is_dir():
@@ -92,5 +95,7 @@ def open_new(path: Path, flag: str) -> Iterator[TextIO]:
         with contextlib.suppress(OSError):  # a full disk has been told
             file.close()
         with contextlib.suppress(OSError):
-            if path.stat().st_size == 0:
+            whole_lines = path.read_bytes().rfind(b"\n") + 1
+            os.truncate(path, whole_lines)  # which takes no room
+            if not whole_lines:
                 path.unlink()

@@ -358,6 +358,23 @@ def test_what_is_done_is_printed_and_recorded_when_it_is_interrupted(model, toke
     assert all(text in out for text in recorded[:4]) and "of 30 stories told" in err
 
 
+@pytest.mark.parametrize(("count", "tokens"), [(1, 2), (3, 3 * 2 * generate.CHECK_EVERY)])
+def test_what_was_told_until_ctrl_c_is_counted(model, tokenizer, monkeypatch, capsys, count, tokens):
+    """In the third round. Alone a story grows by a token a round, else by CHECK_EVERY."""
+    draw, rounds = generate.draw, []
+
+    def interrupted(*args):
+        rounds.append(args)
+        if len(rounds) == 3:
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    monkeypatch.setattr(generate, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tell_and_print(model, tokenizer, ["One day"] * count, FREE, range(count), lambda *args: None)
+    assert f"{tokens} tokens, " in capsys.readouterr().err
+
+
 def test_stories_are_printed_in_their_order_while_others_are_still_told(model, tokenizer, monkeypatch, capsys):
     printed = []
 
@@ -446,6 +463,22 @@ def test_a_full_disk_under_out_is_not_blamed_on_standard_output(tmp_path, monkey
         patch.setattr("pathlib.Path.open", lambda *args, **kwargs: Full())
         with naming("standard output"), open_new(tmp_path / "a.jsonl", "--out") as file, naming("--out a.jsonl"):
             print("{}", file=file, flush=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on a file's size")
+@pytest.mark.parametrize(("room", "kept"), [(1000, 2), (100, 0)])
+def test_a_full_disk_under_out_leaves_whole_lines(tmp_path, room, kept):
+    import resource
+    before, path = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "a.jsonl"
+    try:
+        with pytest.raises(UserError), open_new(path, "--out") as file, naming("--out"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+            for number in range(4):
+                print(json.dumps([number, "x" * 400]), file=file, flush=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    assert [json.loads(line)[0] for line in lines] == list(range(kept)) and path.exists() == bool(kept)
 
 
 def test_prompts_come_from_a_file_and_stories_go_to_a_file(run_generate, folder):
