@@ -91,6 +91,8 @@ def open_stories(data: DataConfig, split: Literal["train", "validation"]) -> Sto
     wanted = "train" if hold_out else split
     if (stories := sources.get(wanted)) is None:
         raise UserError(f"data.dataset {data.dataset}: has no {wanted} split, only {', '.join(sources)}")
+    if data.text_column and not stories.identity.keys() & {"column", "text_column"}:
+        _say_once(f"note: data.text_column is {data.text_column}, but {stories.name} has no fields: all of it is read")
     stories.name += f", {split}"
     stories._clean = data.clean
     stories.identity["clean"] = CLEANING_VERSION if data.clean else False
@@ -164,7 +166,8 @@ def _open_rows(title: str, source: str | Path, data: DataConfig) -> dict[str, St
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     saved = isinstance(source, Path)
     if not (saved or datasets.config.HF_HUB_OFFLINE):
-        _say_who_is_asked(source)
+        _say_once(f"stories: asking the hub for {source} (without a connection it gives up after half a minute; "
+                  "HF_HUB_OFFLINE=1 asks only for what was downloaded before)")
     try:
         loaded = datasets.load_from_disk(str(source)) if saved else datasets.load_dataset(source)
     except Exception as error:  # OSError, ValueError, RuntimeError, DatasetsError, httpx's: they share no nearer base
@@ -189,9 +192,8 @@ def _open_rows(title: str, source: str | Path, data: DataConfig) -> dict[str, St
 
 
 @cache  # once, though each split is opened by itself
-def _say_who_is_asked(source: str) -> None:
-    print(f"stories: asking the hub for {source} (without a connection it gives up after half a minute; "
-          "HF_HUB_OFFLINE=1 asks only for what was downloaded before)", flush=True)
+def _say_once(line: str) -> None:
+    print(line, flush=True)
 
 
 def _open_files(title: str, spec: str, data: DataConfig, excluded: list[Path] | None) -> dict[str, Stories]:

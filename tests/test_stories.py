@@ -137,6 +137,18 @@ def test_the_column_can_be_chosen(tmp_path):
     assert train(parquet, text_column="tale") == ["The tale."]
 
 
+def test_a_column_of_what_has_none_is_told_once(tmp_path, capsys):
+    """As told, not refused: data.validation may be of another kind, and a checkpoint's config goes to other files."""
+    for source in (str(write_txt(tmp_path / "a.txt", STORIES)), "sample"):
+        for split in ("train", "validation"):
+            opened(source, split, text_column="tale")
+        told = capsys.readouterr().out
+        assert told.count("\n") == 1 and "data.text_column is tale" in told and source in told
+        opened(source)
+    opened(write_jsonl(tmp_path / "a.jsonl", [{"tale": "The tale."}]), text_column="tale")
+    assert capsys.readouterr().out == ""
+
+
 def test_a_big_file_is_read_in_bounded_memory(tmp_path):
     text = "Lily had a red ball, and she said “hello” to it. " * 20
     jsonl, txt = tmp_path / "big.jsonl", tmp_path / "big.txt"
