@@ -62,6 +62,7 @@ class RunFolder:
         self._to_draw = False
         self.saving = ""  # the checkpoint file that is being written, or was the last
         self._save: Future | None = None  # of it
+        self._refused: set[Path] = set()  # checkpoint files whose last save failed
         self._thread = ThreadPoolExecutor(max_workers=1)
 
     def begin(self, checkpoint: Path | None = None, metrics_size: int = 0, logger: str | None = None) -> None:
@@ -153,8 +154,10 @@ class RunFolder:
         return worked
 
     def _write(self, path: Path, checkpoint: dict[str, Any]) -> bool:
-        with _told(path):
+        with _told(path, path in self._refused):
+            self._refused.add(path)
             save_checkpoint(path, checkpoint)
+            self._refused.remove(path)
             return True
         return False
 
@@ -185,6 +188,7 @@ class RunFolder:
 def _told(path: Path, already: bool = False) -> Iterator[None]:
     """Turn a disk that refuses (full, unplugged, over quota) into a line: training goes on and tries again later.
 
+    already: it was told when the same file was last tried.
     Too little memory for the file is told as well: torch.save makes a RuntimeError of it.
     """
     try:
@@ -192,8 +196,8 @@ def _told(path: Path, already: bool = False) -> Iterator[None]:
     except (OSError, MemoryError, RuntimeError) as error:
         if not already:
             reason = getattr(error, "strerror", None) or one_line(error) or "out of memory"
-            tqdm.write(f"warning: {path}: not saved ({reason}); what was there is kept, the run goes on and tries "
-                       "again at the next save")
+            tqdm.write(f"warning: {path}: not saved ({reason}); what was there is kept, and each further save "
+                       "tries again")
 
 
 @contextlib.contextmanager
@@ -206,7 +210,8 @@ def hold_folder(path: Path, writes: bool = True) -> Iterator[RunFolder]:
         try:
             stack.enter_context(only_one(path / ".lock", f"{path}: another program is training into this folder: wait "
                                          "for it, or set training.output_dir to another one", wait=False))
-            remove_leftovers(path, "*.pth")
+            for name in ("*.pth", REPORT, PICTURE):
+                remove_leftovers(path, name)
         except OSError as error:
             raise UserError(f"{path}: cannot be written to ({error.strerror or error}): set training.output_dir to "
                             "another folder") from None

@@ -224,8 +224,9 @@ def test_a_full_disk_costs_a_line_and_nothing_else(tmp_path, monkeypatch, capsys
 
         with monkeypatch.context() as patch:
             patch.setattr("os.fsync", refuse)
-            folder.save(LATEST, lambda: make_checkpoint(1))
-            assert not folder.saved()
+            for _ in range(2):
+                folder.save(LATEST, lambda: make_checkpoint(1))
+                assert not folder.saved()
             patch.setattr("pathlib.Path.open", refuse)
             folder.record({"step": 2})
             folder.record({"step": 3})
@@ -235,6 +236,10 @@ def test_a_full_disk_costs_a_line_and_nothing_else(tmp_path, monkeypatch, capsys
         folder.record({"step": 4})  # there is room again: nothing was lost
         folder.save(LATEST, lambda: make_checkpoint(1))
         assert folder.saved()
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", refuse)
+            folder.save(LATEST, make_checkpoint)
+            assert not folder.saved() and LATEST in capsys.readouterr().out  # full anew is told anew
     lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
     assert (tmp_path / LATEST).read_bytes() != before
@@ -265,6 +270,13 @@ def test_a_folder_is_held_by_one_run(tmp_path):
     with pytest.raises(UserError, match=r"cannot be written to .*training\.output_dir"), \
             hold_folder(tmp_path / "file" / "run"):
         pass
+
+
+def test_what_a_killed_drawing_left_is_tidied_up(tmp_path):
+    for name in ("report.html", "report.html.1234.part", "loss.png.1234.part", "mine.html.part"):
+        (tmp_path / name).write_text("half of it", encoding="utf-8")
+    with hold_folder(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", "report.html", "mine.html.part"}
 
 
 def run_in(path, number, checkpoint=None, metrics_size=0):

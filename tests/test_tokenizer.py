@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models
 from config import UserError
 from data.tokens import END_OF_STORY, SPECIAL_TOKENS, load_tokenizer, tokenizer_from_json
 from model import SEPARATOR
-from train_custom_tokenizer import ensure_tokenizer, save_tokenizer, tokenizer_report, train_tokenizer
+from train_custom_tokenizer import ensure_tokenizer, make_tokenizer, save_tokenizer, tokenizer_report, train_tokenizer
 
 STRANGE = ["", " ", "\n\n  \t", "a\r\nb", "Zoë’s naïve café — “Ñandú”", "🦊🏳️‍🌈", "שלום עולם", "\x00\x01\x7f", "<unk>",
            "\ufeffx", "She said <|endoftext|> aloud.", "<|padding|>", "the" * 500, "".join(map(chr, range(1, 0x250)))]
@@ -105,6 +105,13 @@ def test_train_py_trains_it_once_and_then_reuses_it(tiny_config, capsys):
     assert "reused" in capsys.readouterr().out and again.to_str() == first.to_str()
     with pytest.raises(UserError, match=r"has 512 tokens, but model.vocab_size is 300"):
         ensure_tokenizer(tiny_config("model.vocab_size=300"))
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(tiny_config, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
+    monkeypatch.setattr("train_custom_tokenizer.open_stories", lambda *args: pytest.fail("the work began"))
+    with pytest.raises(UserError, match=r"tok: cannot be written to .*--output_dir"):
+        make_tokenizer(tiny_config(), tmp_path / "file" / "tok")
 
 
 def test_a_separator_that_the_model_would_not_find_is_told(tiny_config, tmp_path):
