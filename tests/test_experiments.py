@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -146,6 +147,15 @@ def test_stopped_by_ctrl_c_it_keeps_the_runs_that_were_done(tmp_path, monkeypatc
     (kept,) = (tmp_path / "out").glob("*.json")
     assert json.loads(kept.read_bytes())["variant"] == articles.BASE.title
     assert "1 finished run:" in capsys.readouterr().out and (tmp_path / "out" / "results.md").exists()
+
+
+@pytest.mark.parametrize(("script", "status", "part"), [
+    ("articles.py", 0, "--seeds"), ("fixed_hour.py", 0, "--minutes"),
+    ("articles_report.py", 2, "error: articles_report.py is no script: run docs/experiments/articles.py\n")])
+def test_each_file_says_how_to_run_it(script, status, part):
+    done = subprocess.run([sys.executable, str(REPO / "docs" / "experiments" / script), "--help"], encoding="utf-8",
+                          capture_output=True)
+    assert done.returncode == status and part in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
 def test_an_unknown_variant_is_one_line(monkeypatch):

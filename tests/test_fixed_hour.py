@@ -15,6 +15,7 @@ sys.path.insert(0, str(REPO / "docs" / "experiments"))
 import fixed_hour
 
 import train
+from config import load_config
 from data.checkpoints import LATEST, load_checkpoint
 from data.sample import sample_stories
 
@@ -113,7 +114,7 @@ def test_speeds_are_measured_once_for_each_shape(tmp_path, monkeypatch):
     monkeypatch.setattr(fixed_hour, "make_step", lambda config: timed.append(config) or make_step(config))
 
     def measure(*overrides):
-        config = fixed_hour.load_config(fixed_hour.CONFIG, [*SETTINGS, *overrides])
+        config = load_config(fixed_hour.CONFIG, [*SETTINGS, *overrides])
         configs = {title: fixed_hour.configure(config, title, [], tmp_path) for title in ("base", "dropout 0.1")}
         return fixed_hour.measure_speeds(configs, tmp_path / "speeds.json")
 
@@ -125,7 +126,7 @@ def test_speeds_are_measured_once_for_each_shape(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("title", fixed_hour.VARIANTS)
 def test_variants_are_sound_and_differ_from_the_base(title, tmp_path):
-    config = fixed_hour.load_config(fixed_hour.CONFIG)
+    config = load_config(fixed_hour.CONFIG)
     varied = fixed_hour.configure(config, title, [], tmp_path)
     if "steps of" not in title:
         assert varied.step_windows * varied.model.max_seq_len == STEP_TOKENS

@@ -10,12 +10,13 @@ project itself knows neither a weighted loss nor a second shift. How a model is 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,13 +140,13 @@ def plan(config: Config, variant: Variant, seed: int, text: Any, out: Path) -> t
     config = config_from_dict(config.to_dict(), variant.title,
                               [*variant.settings, f"training.seed={config.training.seed + seed}"])
     values = config.to_dict() | {"data": text}
-    tokenizer = out / f"tokenizer-{config.model.vocab_size}-{digest(text, values['tokenizer'])}"
+    tokenizer = out / f"tokenizer-{config.model.vocab_size}-{digest([text, values['tokenizer']])}"
     name = re.sub(r"\W+", "-", variant.title).strip("-")
-    path = out / f"{name}-{config.training.seed}-{digest(variant, values, POINTS, STORIES, AT_THE_END)}.json"
+    path = out / f"{name}-{config.training.seed}-{digest([variant, values, POINTS, STORIES, AT_THE_END])}.json"
     return replace(config, data=replace(config.data, tokenizer_path=str(tokenizer))), path
 
 
-def digest(*values: Any) -> str:
+def digest(values: Any) -> str:
     """Eight letters that other plain values do not have."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode("utf-8")).hexdigest()[:8]
 
@@ -170,21 +171,32 @@ def experiment(config: Config, variants: Sequence[Variant], seeds: int, out: Pat
             report([json.loads(path.read_text(encoding="utf-8")) for _, _, path in runs if path.exists()], out)
 
 
-def main() -> None:
-    titles = [variant.title for variant in VARIANTS]
-    parser = Parser(description="Why did the articles go missing? Each theory trained by itself.")
-    add_config_arguments(parser, CONFIG)
+def parse_arguments(parser: Parser, config: Path, titles: Collection[str], seeds: int,
+                    ) -> tuple[argparse.Namespace, Config]:
+    """The command line of an experiment, which may have put flags of its own into `parser`, and the config it names.
+
+    config: the default of --config. titles: of the variants. seeds: the default of --seeds.
+    """
+    add_config_arguments(parser, config)
     parser.add_argument("--dataset", help="data.dataset: tinystories, sample, a hub id, a file or a folder")
     parser.add_argument("--validation", help="data.validation: another such source, for the validation stories")
-    parser.add_argument("--variants", nargs="+", default=titles, choices=titles, metavar="TITLE",
-                        help=f'only these beside "{BASE.title}": ' + ", ".join(f'"{title}"' for title in titles[1:]))
-    parser.add_argument("--seeds", type=positive, default=2, help="runs of each, with another seed each (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("checkpoints/articles"), metavar="FOLDER",
-                        help="where finished runs, tokenizers, results.md and the picture are kept (%(default)s)")
+    parser.add_argument("--variants", nargs="+", default=list(titles), choices=titles, metavar="TITLE",
+                        help="only these: " + ", ".join(f'"{title}"' for title in titles))
+    parser.add_argument("--seeds", type=positive, default=seeds, help="runs of each, each with its own (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("checkpoints", config.stem), metavar="FOLDER",
+                        help="where finished runs, tokenizers and results.md are kept (%(default)s)")
     args = parser.parse_args()
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a file: name a folder")
     given = {"data.dataset": args.dataset, "data.validation": args.validation}
     overrides = args.overrides + [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    config = load_config(args.config or CONFIG, overrides)
+    return args, load_config(args.config or config, overrides)
+
+
+def main() -> None:
+    titles = [variant.title for variant in VARIANTS]
+    parser = Parser(description=f'Why did the articles go missing? Each theory beside "{BASE.title}".')
+    args, config = parse_arguments(parser, CONFIG, titles, seeds=2)
     experiment(config, [of for of in VARIANTS if of is BASE or of.title in args.variants], args.seeds, args.out)
 
 

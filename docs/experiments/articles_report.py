@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    print("error: articles_report.py is no script: run docs/experiments/articles.py", file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 from matplotlib import rc_context

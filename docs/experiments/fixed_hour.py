@@ -10,7 +10,6 @@ each. Speeds and finished runs are files in --out and are not made again; Ctrl-C
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -24,10 +23,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where the project is
 
 import torch
+from articles import digest, parse_arguments  # the command line of experiments
 from tqdm import tqdm
 
-from config import Config, UserError, add_config_arguments, config_from_dict, load_config, run_script
-from config.cli import Parser, positive
+from config import Config, UserError, config_from_dict, run_script
+from config.cli import Parser
 from config.files import replacing
 from config.hardware import choose_compile, choose_device, choose_precision, keep_freed_memory
 from config.optimizer import make_optimizer
@@ -113,10 +113,6 @@ def shape_of(config: Config) -> str:
                                                     "use_gradient_checkpointing", "use_compile")]
     rest = digest([values["model"], training, values["optimizer"]["type"], values["hardware"]])
     return f"{m.n_layers} x {m.d_model}, {m.vocab_size} tokens, {training[0]} x {m.max_seq_len}, {rest}"
-
-
-def digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode("utf-8")).hexdigest()[:8]
 
 
 # A run
@@ -220,23 +216,10 @@ def experiment(config: Config, titles: Sequence[str], minutes: float, seeds: int
 
 def main() -> int:
     parser = Parser(description="What makes a story model better at a fixed time of training?")
-    add_config_arguments(parser, CONFIG)
-    parser.add_argument("--dataset", help="data.dataset: tinystories, sample, a hub id, a file or a folder")
-    parser.add_argument("--validation", help="data.validation: another such source, for the validation stories")
     parser.add_argument("--minutes", type=float, default=60, help="of training, for each run (%(default)s)")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="TITLE",
-                        help="only these: " + ", ".join(f'"{title}"' for title in VARIANTS))
-    parser.add_argument("--seeds", type=positive, default=1, help="runs of each, with another seed each (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("checkpoints/fixed_hour"), metavar="FOLDER",
-                        help="where speeds, runs and results.md are kept (%(default)s)")
-    args = parser.parse_args()
+    args, config = parse_arguments(parser, CONFIG, VARIANTS, seeds=1)
     if not 0 < args.minutes < math.inf:
         raise UserError(f"--minutes {args.minutes:g}: more than 0")
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out}: is a file: name a folder")
-    given = {"data.dataset": args.dataset, "data.validation": args.validation}
-    overrides = args.overrides + [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    config = load_config(args.config or CONFIG, overrides)
     return experiment(config, args.variants, args.minutes, args.seeds, args.out)
 
 
