@@ -160,10 +160,10 @@ class PackedAttention(Attention):
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads, shared = self.config.n_heads, self.config.kv_heads
-        states = self.wqkv(x).view(*x.shape[:2], -1, self.config.head_dim).transpose(1, 2)
-        rotated, values = states.split([heads + shared, shared], dim=1)  # (batch, heads, seq_len, head_dim)
-        queries, keys = apply_rope(rotated, cos, sin).split([heads, shared], dim=1)
-        return queries, keys, values
+        states = self.wqkv(x).view(*x.shape[:2], -1, self.config.head_dim)
+        rotated, values = states.split([heads + shared, shared], dim=2)  # (batch, seq_len, heads, head_dim)
+        queries, keys = apply_rope(rotated, cos, sin).split([heads, shared], dim=2)
+        return queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
 
 
 class PackedFeedForward(nn.Module):

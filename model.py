@@ -1,15 +1,15 @@
 """A Llama-2 style transformer (Touvron et al., 2023): RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 The names are Meta's (tok_embeddings, layers.N.attention.wq, feed_forward.w1, ...), which converters know. The model
-never shifts its targets: targets[t] is what it must predict at position t (data/tokens.py cuts them so). Below it are
-its parameter and FLOP counts, and the way back from a checkpoint (data/checkpoints.py).
+never shifts its targets: targets[t] is what it must predict at position t (data/tokens.py cuts them so).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first rotary_dim dimensions of each head, pass the rest through.
 
-    x: (batch, heads, seq_len, head_dim); cos, sin: (seq_len, rotary_dim / 2), or with each row's own positions
-    (batch, 1, seq_len, rotary_dim / 2). Dimension i is paired with i + rotary_dim / 2 (half-split pairs, as
+    x: (batch, seq_len, heads, head_dim); cos, sin: (seq_len, 1, rotary_dim / 2), or with each row's own positions
+    (batch, seq_len, 1, rotary_dim / 2). Dimension i is paired with i + rotary_dim / 2 (half-split pairs, as
     transformers has them; Meta's own code pairs neighbours).
     """
     half = cos.shape[-1]
@@ -114,10 +114,9 @@ class Attention(nn.Module):
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries, (batch, n_heads, seq_len, head_dim); rotated keys and values, n_kv_heads of them."""
         shape = (*x.shape[:2], -1, self.config.head_dim)
-        queries = self.wq(x).view(shape).transpose(1, 2)  # (batch, n_heads, seq_len, head_dim)
-        keys = self.wk(x).view(shape).transpose(1, 2)  # (batch, n_kv_heads, seq_len, head_dim)
-        values = self.wv(x).view(shape).transpose(1, 2)  # (batch, n_kv_heads, seq_len, head_dim)
-        return apply_rope(queries, cos, sin), apply_rope(keys, cos, sin), values
+        queries = apply_rope(self.wq(x).view(shape), cos, sin)  # (batch, seq_len, n_heads, head_dim)
+        keys, values = apply_rope(self.wk(x).view(shape), cos, sin), self.wv(x).view(shape)  # with n_kv_heads
+        return queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)  # a GPU then copies nothing
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None,
                 positions: slice | Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -181,6 +180,13 @@ def plain_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor 
     return (shares @ values).view(queries.shape).type_as(queries)
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's (Zhang & Sennrich, 2019), which has no fused kernel for two dtypes: under autocast x may be bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
+
+
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer, 2020): w2(silu(w1 x) * w3 x)."""
 
@@ -201,8 +207,8 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attention = Attention(config, layer)
         self.feed_forward = FeedForward(config)
-        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)
-        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.attention_norm = RMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.ffn_norm = RMSNorm(config.d_model, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None,
@@ -221,13 +227,12 @@ class Transformer(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.d_model, eps=config.rms_norm_eps)
         self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        cos, sin = rope_tables(config)
-        self.register_buffer("rope_cos", cos, persistent=False)  # (max_seq_len, rotary_dim / 2)
-        self.register_buffer("rope_sin", sin, persistent=False)
+        for name, table in zip(("rope_cos", "rope_sin"), rope_tables(config), strict=True):
+            self.register_buffer(name, table, persistent=False)  # (max_seq_len, rotary_dim / 2)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -254,10 +259,11 @@ class Transformer(nn.Module):
         positions, mask = cache.positions(seq_len) if cache is not None else (slice(seq_len), None)
         if self.config.mask_stories and cache is None:  # a cache never holds two stories
             mask = story_mask(tokens)  # (batch, 1, seq_len, seq_len)
-        cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # (seq_len, rotary_dim / 2)
-        if isinstance(positions, Tensor):
-            cos, sin = cos[:, None], sin[:, None]  # (batch, 1, seq_len, rotary_dim / 2)
-        x = self.dropout(self.tok_embeddings(tokens))  # (batch, seq_len, d_model)
+        cos, sin = self.rope_cos[positions].unsqueeze(-2), self.rope_sin[positions].unsqueeze(-2)  # see apply_rope()
+        x = self.tok_embeddings(tokens)  # (batch, seq_len, d_model), float32
+        if torch.is_autocast_enabled(x.device.type):  # what is added to float32 stays float32: twice the bytes to move
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = self.dropout(x)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
                 x = recompute_in_backward(layer, x, cos, sin, mask=mask, use_reentrant=False)
@@ -284,7 +290,7 @@ class Transformer(nn.Module):
         return loss if reduction == "mean" else loss.view(targets.shape)
 
 
-# Counts
+# Counts, and when numbers go wrong
 
 def count_parameters(model: Transformer) -> int:
     """Trainable numbers; a tied embedding counts once."""
@@ -302,8 +308,6 @@ def flops_per_token(model: Transformer) -> int:
     return 6 * multiplied + 6 * config.n_layers * config.d_model * config.max_seq_len
 
 
-# When numbers go wrong
-
 @contextlib.contextmanager
 def find_non_finite(model: Transformer) -> Iterator[list[str]]:
     """Watch forward and backward passes: the list fills with what was not finite, in the order of computation."""
@@ -313,23 +317,19 @@ def find_non_finite(model: Transformer) -> Iterator[list[str]]:
         if not tensor.isfinite().all():
             faults.append(what)
 
-    def watch(name: str) -> Callable:
-        def look(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            check(output, f"the output of {name}")
-            if output.requires_grad:
-                output.register_hook(lambda gradient: check(gradient, f"the gradient of {name}'s output"))
-        return look
+    def look(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        check(output, f"the output of {name}")
+        if output.requires_grad:
+            output.register_hook(functools.partial(check, what=f"the gradient of {name}'s output"))
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()
-               if name and not isinstance(module, nn.ModuleList)]
-    for name, parameter in model.named_parameters():
-        check(parameter, f"the weights {name}")
-        handles.append(parameter.register_hook(lambda gradient, name=name: check(gradient, f"the gradient of {name}")))
-    try:
+    with contextlib.ExitStack() as hooks:  # at its end it removes them
+        for name, module in model.named_modules():
+            if name and not isinstance(module, nn.ModuleList):
+                hooks.enter_context(module.register_forward_hook(functools.partial(look, name)))
+        for name, parameter in model.named_parameters():
+            check(parameter, f"the weights {name}")
+            hooks.enter_context(parameter.register_hook(functools.partial(check, what=f"the gradient of {name}")))
         yield faults
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # From a checkpoint

@@ -4,7 +4,8 @@
     python tests/benchmarks/training.py --against transformers       its LlamaForCausalLM with the same step around it
     python tests/benchmarks/training.py --profile                    a step by operation, and what each should cost
     python tests/benchmarks/training.py --outside                    a short real run: the shares of its time
-    python tests/benchmarks/training.py --everything                 all of it, a padded vocabulary and CUDA graphs
+    python tests/benchmarks/training.py --everything                 all of it, and what model.py leaves out: a padded
+                                                                     vocabulary, joined products, CUDA graphs
 
 Steps are train.py's train_step on random tokens: reading the batch, clipping and fused AdamW are in them. What is
 compared takes turns; the table has medians over the repeats. First step and peak memory are those of a fresh process
@@ -32,17 +33,19 @@ sys.path.insert(0, str(REPO))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from torch import nn  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 import train  # noqa: E402
 from config import Config, load_config  # noqa: E402
 from config.hardware import choose_device, keep_freed_memory, peak_flops  # noqa: E402
 from data.tokens import TokenFile  # noqa: E402
-from model import Transformer, count_parameters, flops_per_token  # noqa: E402
+from model import Attention, FeedForward, Transformer, apply_rope, count_parameters, flops_per_token  # noqa: E402
 
 CONFIGS = ["quickstart", "tinystories_cpu", "train_config_tinystories_33M_TOP10K"]
 WAYS = ["eager float32", "eager bf16", "compiled float32", "compiled bf16"]
 PADDED = "compiled bf16 padded"  # the vocabulary, to a multiple of 128, with tokens that nobody uses
+JOINED = "compiled bf16 joined"  # one product for wq, wk and wv, one for w1 and w3: fewer kernels, and larger ones
 GRAPHS = "compiled bf16 graphs"  # CUDA graphs; on a CPU there are none. Never tried on a GPU yet
 CPU_TOKENS = 2048  # of a micro-batch on the CPU, if the config's has more
 OTHERS = "norms, elementwise"
@@ -66,6 +69,27 @@ def make_theirs(config: Config) -> nn.Module:
         tie_word_embeddings=m.tie_embeddings, bos_token_id=0, eos_token_id=0, pad_token_id=0, use_cache=False))
 
 
+def join_products(module: nn.Module) -> None:
+    """For JOINED. Not in model.py: on a CPU it gains nothing (docs/RESULTS.md), and on a GPU it was never tried."""
+    def joined(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
+        weights = [linear.weight for linear in linears]
+        return F.linear(x, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
+
+    def project(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        shape = (*x.shape[:2], -1, module.config.head_dim)
+        queries, keys, values = (part.view(shape) for part in joined(x, module.wq, module.wk, module.wv))
+        return *(apply_rope(part, cos, sin).transpose(1, 2) for part in (queries, keys)), values.transpose(1, 2)
+
+    def feed_forward(x: Tensor) -> Tensor:
+        gate, up = joined(x, module.w1, module.w3)
+        return module.w2(F.silu(gate) * up)
+
+    if isinstance(module, Attention):
+        module.project = project
+    elif isinstance(module, FeedForward):
+        module.forward = feed_forward
+
+
 def make_step(config: Config, way: str, device: torch.device) -> tuple[Callable[[], None], nn.Module]:
     """One call is one optimizer step. `way`: PADDED, GRAPHS, or as in WAYS, perhaps with "transformers" before it."""
     torch.manual_seed(0)
@@ -77,6 +101,8 @@ def make_step(config: Config, way: str, device: torch.device) -> tuple[Callable[
     bf16 = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
     run = train.Run(config, None, model, train.make_optimizer(model, config), device, TokenFile(None, tokens, {}, ""),
                     precision=bf16 if "bf16" in way else contextlib.nullcontext)
+    if way == JOINED:
+        model.apply(join_products)
     compute = model
     if "compiled" in way:
         compute = torch.compile(model, dynamic=False, mode="reduce-overhead" if way == GRAPHS else None)
@@ -152,7 +178,7 @@ def measure_speed(name: str, config: Config, ways: list[str], args: argparse.Nam
             flops = flops_per_token(model)
     if device.type == "cuda":  # a step of ours that waits for the device is an error; transformers' do
         torch.cuda.set_sync_debug_mode("error")
-        for way in set(ways) & {*WAYS, PADDED}:
+        for way in set(ways) & {*WAYS, PADDED, JOINED}:
             steps[way]()
         torch.cuda.set_sync_debug_mode("default")
     for _ in range(args.repeats):
@@ -185,8 +211,8 @@ def should_cost(config: Config, bf16: bool) -> dict[str, tuple[float, float]]:
         "matrix products": (6 * weights, width * sum(3 * a + 3 * b for a, b in products) + 3 * 4 * weights / micro),
         # forward: q, k, v, output; backward: these, the output's gradient and three gradients
         "attention": (6 * layers * d * m.max_seq_len, layers * width * (6 * d + 6 * kv)),
-        # norm: 4 x float32 stream, 2 x its output; rotation: q, k read and written, twice; SwiGLU: 8 times its width
-        OTHERS: (0, residual * d * (4 * 4 + 2 * width) + layers * width * (4 * (d + kv) + 8 * f)),
+        # norm: 4 x the stream, 2 x its output; rotation: q, k read and written, twice; SwiGLU: 8 times its width
+        OTHERS: (0, residual * d * 6 * width + layers * width * (4 * (d + kv) + 8 * f)),
         "loss": (0, 3 * width * vocab),  # logits read, and read again and replaced by their gradient
         "optimizer, clipping": (0, 40 * parameters / step),  # weight, two moments, gradient; gradient clipped
         "casts and copies": (0, 6 * parameters / micro if bf16 else 0),
@@ -318,7 +344,7 @@ def main() -> None:
           f"{peak / 1e12:,.3f} TFLOP/s\n", flush=True)
     args.against = "transformers" if args.everything else args.against
     ways = [*args.ways, *(f"transformers {way}" for way in WAYS if way in args.ways and args.against)]
-    ways += [PADDED, GRAPHS] * (args.everything and "compiled bf16" in args.ways)
+    ways += [PADDED, JOINED, GRAPHS] * (args.everything and "compiled bf16" in args.ways)
     if not (args.profile or args.outside) or args.everything:
         print(f"medians of {args.repeats}\n\n"
               "| config | way | tokens/s | share of peak | first step, s | peak memory, MiB |"
