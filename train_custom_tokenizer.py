@@ -104,7 +104,7 @@ def make_tokenizer(config: Config, folder: str | Path) -> Tokenizer:
     """Train on the config's stories, save to folder, and print the report. Ctrl-C leaves nothing half-written."""
     stories = open_stories(config.data, "train")
     folder = Path(folder).expanduser()
-    try:  # now, not after the work
+    try:  # now, not after the work; but a wrong data set leaves no folder
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:

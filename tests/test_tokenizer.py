@@ -109,7 +109,7 @@ def test_train_py_trains_it_once_and_then_reuses_it(tiny_config, capsys):
 
 def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(tiny_config, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder", encoding="utf-8")
-    monkeypatch.setattr("train_custom_tokenizer.open_stories", lambda *args: pytest.fail("the work began"))
+    monkeypatch.setattr("train_custom_tokenizer.train_tokenizer", lambda *args: pytest.fail("the work began"))
     with pytest.raises(UserError, match=r"tok: cannot be written to .*--output_dir"):
         make_tokenizer(tiny_config(), tmp_path / "file" / "tok")
 
