@@ -1,7 +1,8 @@
-"""What several test files need: a small corpus of sample stories, a tokenizer trained on it, a tiny model's config."""
+"""What several test files need: sample stories, a tokenizer trained on them, and a tiny model: its config and runs."""
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import signal
@@ -15,7 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 from tokenizers import Tokenizer
 
-from config import load_config
+from config import load_config, run_script
 from data.sample import sample_stories
 from train_custom_tokenizer import train_tokenizer
 
@@ -32,7 +33,13 @@ TINY = ["model.vocab_size=512", "model.d_model=32", "model.n_layers=2", "model.n
         "training.num_epochs=1", "training.use_bf16=false", "training.use_compile=false", "training.eval_steps=10",
         "training.eval_samples=20", "training.save_steps=5", "training.logging_steps=2", "scheduler.warmup_steps=5",
         "optimizer.learning_rate=3e-3", "scheduler.min_lr=3e-4", "data.dataset=sample", "data.max_stories=300",
-        "data.tokenizer_path=tokenizer/tiny", "sampling.max_new_tokens=20", "hardware.device=cpu"]
+        "data.validation=validation.txt", "data.tokenizer_path=tokenizer/tiny", "sampling.max_new_tokens=20",
+        "hardware.device=cpu"]
+
+
+def pytest_collection_modifyitems(items):
+    """The file of the longest tests first: xdist hands out less and less, so no core waits for another at the end."""
+    items.sort(key=lambda item: item.path.name != "test_resume.py")
 
 
 @pytest.fixture(scope="session")
@@ -58,19 +65,67 @@ def drawn():
 
 
 @pytest.fixture
-def tiny_config(tmp_path, monkeypatch):
-    """A function: overrides -> Config of the tiny model; all its files go to a fresh working directory."""
-    monkeypatch.chdir(tmp_path)
-    return lambda *overrides: load_config(REPO / "config" / "quickstart.yaml", [*TINY, *overrides])
+def workplace(tmp_path, stories):
+    """tmp_path, with the tiny model's validation stories: 30, since a pass over 200 takes longer than its training."""
+    (tmp_path / "validation.txt").write_text("\n<|endoftext|>\n".join(stories[:30]), encoding="utf-8")
+    return tmp_path
 
 
 @pytest.fixture
-def start_script(tmp_path):
-    """A function: arguments of train.py -> its process, in tmp_path, with the tiny model; `before` starts Python."""
+def tiny_config(workplace, monkeypatch):
+    """A function: overrides -> Config of the tiny model; all its files go to a fresh working directory."""
+    monkeypatch.chdir(workplace)
+    return lambda *overrides: load_config(REPO / "config" / "quickstart.yaml", [*TINY, *overrides])
+
+
+def tiny_arguments(*arguments):
+    """Of train.py, for the tiny model."""
+    return [*(part for value in TINY for part in ("--set", value)), *arguments]
+
+
+@pytest.fixture
+def start_script(workplace, request):
+    """A function: arguments of train.py -> its process, in the workplace, with the tiny model; `before` starts Python.
+
+    Without `drawn` it finds no matplotlib: to load that and draw takes as long as all the rest.
+    """
+    shadows = workplace / "shadows"
+    if "drawn" not in request.fixturenames:
+        shadows.mkdir()
+        (shadows / "matplotlib.py").write_text("raise ImportError('not in this test')", encoding="utf-8")
+
     def start(*arguments, before=(), stdout=subprocess.PIPE, environment=None, **more):
-        settings = [part for value in TINY for part in ("--set", value)]
         flags = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
-        return subprocess.Popen([sys.executable, *before, str(REPO / "train.py"), *settings, *arguments], cwd=tmp_path,
-                                stdout=stdout, stderr=subprocess.PIPE, encoding="utf-8", errors="replace",
-                                env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}, **flags, **more)
+        path = os.pathsep.join(filter(None, (str(shadows), os.environ.get("PYTHONPATH"))))
+        surroundings = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, **(environment or {})}
+        return subprocess.Popen([sys.executable, *before, str(REPO / "train.py"), *tiny_arguments(*arguments)],
+                                cwd=workplace, stdout=stdout, stderr=subprocess.PIPE, encoding="utf-8",
+                                errors="replace", env=surroundings, **flags, **more)
     return start
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """A function: main(), arguments, input -> exit status, output, errors: a script in the test's own process, which
+    has torch already. What only a process has (bytes, signals, pipes, full disks) is not seen."""
+    def run(main, *arguments, input=""):
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+            patch.setattr(sys, "argv", ["script.py", *arguments])
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode("utf-8")), encoding="utf-8"))
+            for name in ("stdout", "stderr"):  # main() may put others in their places
+                patch.setattr(sys, name, getattr(sys, name))
+            run_script(main)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        return left.value.code, *capsys.readouterr()
+    return run
+
+
+@pytest.fixture
+def train_here(workplace, monkeypatch, run_main):
+    """As start_script, in the test's own process: arguments of train.py -> exit status, output, errors."""
+    import train
+
+    monkeypatch.chdir(workplace)
+    return lambda *arguments: run_main(train.main, *tiny_arguments(*arguments))

@@ -263,7 +263,8 @@ def trained(tmp_path_factory):
     from conftest import TINY as tiny
     folder = tmp_path_factory.mktemp("trained")
     settings = [*tiny, f"training.output_dir={folder / 'run'}", f"data.cache_dir={folder / 'cache'}",
-                f"data.tokenizer_path={folder / 'tokenizer'}", "training.max_steps=30", "training.eval_steps=15"]
+                f"data.tokenizer_path={folder / 'tokenizer'}", "training.max_steps=30", "training.eval_steps=15",
+                "data.validation=null"]
     assert start_run(load_config(REPO / "config" / "quickstart.yaml", settings), None, None) == 0
     return folder / "run" / "checkpoint_latest.pth"
 

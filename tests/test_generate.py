@@ -15,7 +15,7 @@ import torch
 from conftest import REPO
 
 import generate
-from config import Config, UserError, hardware, run_script
+from config import Config, UserError, hardware
 from config.files import naming, open_new
 from config.schema import ModelConfig, SamplingConfig
 from data.checkpoints import load_checkpoint, save_checkpoint
@@ -54,7 +54,7 @@ def continue_all(model, prompts, seeds, sampling, end=0, num_tokens=1500, **opti
 
 # Choosing a token
 
-def shares_drawn(logits: list[float], sampling: SamplingConfig, draws: int = 20_000, seen=None) -> torch.Tensor:
+def shares_drawn(logits: list[float], sampling: SamplingConfig, draws: int = 10_000, seen=None) -> torch.Tensor:
     luck = (torch.arange(draws) + 0.5) / draws  # evenly spread luck gives the exact shares
     seen = None if seen is None else torch.tensor([seen]).expand(draws, -1)
     tokens = sample_next(torch.tensor([logits]).expand(draws, -1), luck, sampling, seen)
@@ -410,21 +410,27 @@ def folder(model, tokenizer, tmp_path_factory):
 COMMAND = [sys.executable, str(REPO / "generate.py"), "--device", "cpu"]
 
 
+def generate_process(folder, *arguments, **options):
+    return subprocess.run([*COMMAND, *arguments], cwd=folder, **{
+        "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace", **options})
+
+
 @pytest.fixture
-def run_generate(folder):
-    return lambda *args, **kwargs: subprocess.run([*COMMAND, *args], cwd=folder, capture_output=True, **{
-        "encoding": "utf-8", "errors": "replace", **kwargs})
+def run_generate(folder, monkeypatch, run_main):
+    """A function: arguments, input -> exit status, output, errors, in the test's own process."""
+    monkeypatch.chdir(folder)
+    return lambda *arguments, **options: run_main(main, "--device", "cpu", *arguments, **options)
 
 
-def test_the_script_takes_the_newest_checkpoint_and_says_what_it_is(run_generate):
-    done = run_generate("--num_samples", "2", "--seed", "5")
+def test_the_script_takes_the_newest_checkpoint_and_says_what_it_is(run_generate, folder):
+    done = generate_process(folder, "--num_samples", "2", "--seed", "5")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Once upon a time there was") == 2
     assert "step 1,234, epoch 2.50, validation loss 2.750" in done.stderr and "computing in " in done.stderr
     assert "above 2.0" in done.stderr and "2 cut after 12 new tokens" in done.stderr
-    alone = run_generate("--seed", "6")  # streamed, not batched
-    assert alone.stdout.strip() == done.stdout.split("\n\n")[1].strip()
-    assert run_generate("--seed", "50").stdout != alone.stdout
+    _, alone, _ = run_generate("--seed", "6")  # streamed, not batched
+    assert alone.strip() == done.stdout.split("\n\n")[1].strip()
+    assert run_generate("--seed", "50")[1] != alone
 
 
 @pytest.mark.parametrize(("name", "completed", "part"), [
@@ -482,19 +488,20 @@ def test_a_full_disk_under_out_leaves_whole_lines(tmp_path, room, kept):
 
 
 def test_prompts_come_from_a_file_and_stories_go_to_a_file(run_generate, folder):
-    done = run_generate("--prompts_file", "prompts.txt", "--num_samples", "2", "--seed", "5", "--out", "out.jsonl",
-                        "--temperature", "0.9", "--compute", "float32", "--max_new_tokens", "60")
-    assert done.returncode == 0, done.stderr
+    status, out, error = run_generate(
+        "--prompts_file", "prompts.txt", "--num_samples", "2", "--seed", "5", "--out", "out.jsonl",
+        "--temperature", "0.9", "--compute", "float32", "--max_new_tokens", "60")
+    assert status == 0, error
     stories = [json.loads(line) for line in (folder / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sorted((s["prompt"], s["seed"]) for s in stories) == [
         ("One day", 5), ("One day", 6), ("Tom and “his” dog", 5), ("Tom and “his” dog", 6)]
     for story in stories:
-        assert story["text"].startswith(story["prompt"]) and story["text"] in done.stdout
+        assert story["text"].startswith(story["prompt"]) and story["text"] in out
         assert story["settings"]["temperature"] == 0.9 and story["settings"]["compute"] == "float32"
         assert story["mean_log_probability"] < 0 and 0 < len(story["tokens"]) <= 60
-    assert done.stdout.index("Tom and") < done.stdout.index("One day")  # in the order asked for
-    assert "48 tokens, its context" in done.stderr  # 60 new tokens are more than fit
-    assert run_generate("--out", "out.jsonl").returncode == 2
+    assert out.index("Tom and") < out.index("One day")  # in the order asked for
+    assert "48 tokens, its context" in error  # 60 new tokens are more than fit
+    assert run_generate("--out", "out.jsonl")[0] == 2
     assert len((folder / "out.jsonl").read_text(encoding="utf-8").splitlines()) == 4
 
 
@@ -508,47 +515,44 @@ def test_prompts_come_from_a_file_and_stories_go_to_a_file(run_generate, folder)
     (["--prompts_file", "bad.txt"], "--prompts_file bad.txt: not UTF-8"),
     (["--prompts_file", "empty.txt"], "no prompt"),
     (["--interactive", "--num_samples", "3"], "--num_samples 3")])
-def test_bad_flags_are_one_line_and_status_2(folder, arguments, part, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["generate.py", "--device", "cpu", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        run_script(main)
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert caught.value.code == 2 and line.startswith("error: ") and part in line
+def test_bad_flags_are_one_line_and_status_2(run_generate, arguments, part):
+    status, _, error = run_generate(*arguments)
+    line = error.splitlines()[-1]
+    assert status == 2 and line.startswith("error: ") and part in line
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="arguments are text there")
-def test_bytes_that_are_no_text_are_replaced(run_generate):
-    for done in (run_generate("--prompt", os.fsdecode(b"One\xff day")),
-                 run_generate("--interactive", input="One\udcff day\n", errors="surrogateescape")):
+def test_bytes_that_are_no_text_are_replaced(folder):
+    for done in (generate_process(folder, "--prompt", os.fsdecode(b"One\xff day")),
+                 generate_process(folder, "--interactive", input="One\udcff day\n", errors="surrogateescape")):
         assert done.returncode == 0 and done.stdout.startswith("One\ufffd day"), done.stderr
 
 
 def test_talking_settings_change_stories_go_on_and_mistakes_are_one_line(run_generate):
     lines = ["Tom", "/set temperature 0", "Lily was", "Lily was", "/set temperatur 3", "/set top_p 7", "/set seed",
              "/dance", "dog " * 100, "/help", "", "/quit", "never told"]
-    done = run_generate("--interactive", input="\n".join(lines))
-    assert done.returncode == 0 and "Traceback" not in done.stderr
-    assert done.stdout.startswith("Tom") and done.stdout.count("Lily was") == 2 and "never told" not in done.stdout
-    told = [part for part in done.stdout.split("\n\n") if part.startswith("Lily was")]
+    status, out, error = run_generate("--interactive", input="\n".join(lines))
+    assert status == 0
+    assert out.startswith("Tom") and out.count("Lily was") == 2 and "never told" not in out
+    told = [part for part in out.split("\n\n") if part.startswith("Lily was")]
     assert told[0].strip() == told[1].strip()  # another seed, but no luck at temperature 0
     for part in ("did you mean temperature?", "error: /set top_p 7: ", "error: /set seed : ", "error: /dance: no such",
                  "context holds 48", "temperature 0"):
-        assert part in done.stderr, part
-    assert run_generate("--interactive", input="Tom\n").returncode == 0  # the end of the input ends it
+        assert part in error, part
+    assert run_generate("--interactive", input="Tom\n")[0] == 0  # the end of the input ends it
 
 
 def test_a_talk_without_a_story_leaves_no_file(run_generate, folder):
-    assert run_generate("--interactive", "--out", "talk.jsonl", input="/help\n").returncode == 0
+    assert run_generate("--interactive", "--out", "talk.jsonl", input="/help\n")[0] == 0
     assert not (folder / "talk.jsonl").exists()
-    assert run_generate("--interactive", "--out", "talk.jsonl", input="Tom\n").returncode == 0
+    assert run_generate("--interactive", "--out", "talk.jsonl", input="Tom\n")[0] == 0
     assert "Tom" in (folder / "talk.jsonl").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_a_full_disk_under_the_output_is_one_line_that_names_it(folder):
     with open("/dev/full", "w", encoding="utf-8") as full:
-        done = subprocess.run(COMMAND, cwd=folder, stdout=full, stderr=subprocess.PIPE, encoding="utf-8")
+        done = generate_process(folder, stdout=full)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: standard output: ")
 
 

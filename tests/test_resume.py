@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+import train
 from config.cli import deferred_interrupts
 from data.checkpoints import BEST, LATEST, load_checkpoint
 from data.run_folder import hold_folder
@@ -47,29 +48,41 @@ def weights(folder):
 # One process, interrupted
 
 @ON_POSIX
-def test_a_run_stopped_at_random_steps_ends_as_if_nothing_had_happened(start_script, tmp_path):
-    """Ctrl-C, SIGTERM and kill -9, with dropout and accumulation: the same weights bit for bit, the same metrics."""
-    settings = ["--set", "training.max_steps=120", "--set", "training.save_steps=7", "--set", "training.eval_steps=25",
+def test_a_run_stopped_at_random_steps_ends_as_if_nothing_had_happened(start_script, train_here, tmp_path, monkeypatch):
+    """Ctrl-C and SIGTERM, and kill -9 in another process, with dropout and accumulation: the same weights bit for bit,
+    the same metrics."""
+    settings = ["--set", "training.max_steps=60", "--set", "training.save_steps=7", "--set", "training.eval_steps=13",
                 "--set", "training.logging_steps=3", "--set", "training.eval_samples=5"]
-    finish(start_script(*settings, "--set", "training.output_dir=whole"))
+    assert train_here(*settings, "--set", "training.output_dir=whole")[0] == 0
     settings += ["--resume", "--set", "training.output_dir=stopped"]
-    draw, stopped = random.Random(), []
+    draw, stopped, train_step = random.Random(), [], train.train_step
     signals = [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL]
     draw.shuffle(signals)
-    for number, step in zip(signals, sorted(draw.sample(range(3, 110), 4)), strict=True):
-        process = start_script(*settings)
-        if wait_for_step(process, step):
-            process.send_signal(number)
-            stopped.append((number.name, step))
-        out, error = process.communicate()
-        assert process.returncode in (0, 130, 143, -signal.SIGKILL), out + error
-    finish(start_script(*settings))
+    for number, step in zip(signals, sorted(draw.sample(range(3, 55), 4)), strict=True):
+        if number == signal.SIGKILL:
+            process = start_script(*settings)
+            if wait_for_step(process, step):
+                process.kill()
+                stopped.append((number.name, step))
+            out, error = process.communicate()
+            assert process.returncode in (0, -signal.SIGKILL), out + error
+        else:
+            def stopped_step(run, *rest, number=number, step=step, due=stopped):
+                if run.iter_num >= step and (number.name, step) not in due:
+                    due.append((number.name, step))
+                    signal.raise_signal(number)
+                train_step(run, *rest)
+
+            monkeypatch.setattr(train, "train_step", stopped_step)
+            status, out, error = train_here(*settings)
+            assert status == (128 + number if (number.name, step) in stopped else 0), out + error
+            monkeypatch.setattr(train, "train_step", train_step)
+    assert train_here(*settings)[0] == 0
     assert len(stopped) >= 2, stopped  # a fast machine may have been done before the last signals
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items()), stopped
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole"), stopped
-    out, _ = finish(start_script(*settings))  # once more: it is done
-    assert "has done its 120 steps already" in out
+    assert "has done its 60 steps already" in train_here(*settings)[1]  # once more
 
 
 @ON_POSIX
@@ -126,9 +139,9 @@ def test_a_second_signal_leaves_at_once(second, status, monkeypatch):
 
 
 @ON_POSIX
-def test_a_disk_that_refuses_the_checkpoint_does_not_end_the_run(start_script, tmp_path):
+def test_a_disk_that_refuses_the_checkpoint_does_not_end_the_run(start_script, train_here, tmp_path):
     import resource
-    finish(start_script("--set", "training.max_steps=5"))
+    assert train_here("--set", "training.max_steps=5")[0] == 0
     latest = tmp_path / "checkpoints" / "quickstart" / LATEST
     before = latest.read_bytes()
     limit = 200_000  # bytes: more than the metrics have, less than a checkpoint
@@ -141,12 +154,13 @@ def test_a_disk_that_refuses_the_checkpoint_does_not_end_the_run(start_script, t
 
 
 @ON_POSIX
-def test_a_reader_that_leaves_does_not_end_the_run(start_script, tmp_path):
-    process = start_script("--set", "training.max_steps=60", "--set", "training.save_steps=100")
+def test_a_reader_that_leaves_does_not_end_the_run(start_script, tmp_path, drawn):
+    process = start_script("--set", "training.max_steps=30", "--set", "training.save_steps=100")
     assert wait_for_step(process, 2)
     process.stdout.close()  # as `| head` does, or a tee that dies
     assert process.wait() == 0 and process.stderr.read() == ""
-    assert load_checkpoint(tmp_path / "checkpoints" / "quickstart" / LATEST)["iter_num"] == 60
+    folder = tmp_path / "checkpoints" / "quickstart"
+    assert load_checkpoint(folder / LATEST)["iter_num"] == 30 and (folder / "report.html").exists()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device")
@@ -161,33 +175,30 @@ def test_a_full_disk_under_the_log_does_not_end_the_run(start_script, tmp_path):
 
 def test_going_on_after_early_stopping_is_a_matter_of_patience(tiny_config, tmp_path):
     from config import UserError
-    from train import start_run
     config = tiny_config("training.output_dir=run", "training.eval_steps=2", "training.early_stopping_patience=1",
                          "optimizer.learning_rate=1e-12", "scheduler.min_lr=0", "training.num_epochs=3")
-    assert start_run(config, None, None) == 0
+    assert train.start_run(config, None, None) == 0
     latest = tmp_path / "run" / LATEST
     with pytest.raises(UserError, match=r"raise --set training\.early_stopping_patience to go on"):
-        start_run(config, None, latest)
+        train.start_run(config, None, latest)
     more = tiny_config("training.output_dir=run", "training.eval_steps=2", "training.early_stopping_patience=3",
                        "optimizer.learning_rate=1e-12", "scheduler.min_lr=0", "training.num_epochs=3")
-    assert start_run(more, None, latest) == 0
+    assert train.start_run(more, None, latest) == 0
     assert [entry["step"] for entry in metrics(tmp_path / "run") if entry["type"] == "evaluation"] == [2, 4, 6, 8]
 
 
 def test_a_checkpoint_without_its_best_gets_a_new_one(tiny_config, tmp_path):
     """best_model.pth is there after a run, wherever the checkpoint came from."""
-    from train import start_run
     config = tiny_config("training.output_dir=run", "training.max_steps=10")
-    assert start_run(config, None, None) == 0
+    assert train.start_run(config, None, None) == 0
     (tmp_path / "alone.pth").write_bytes((tmp_path / "run" / LATEST).read_bytes())
     worse = tiny_config("training.output_dir=other", "training.max_steps=12", "optimizer.learning_rate=1",
                         "scheduler.min_lr=1")
-    assert start_run(worse, None, tmp_path / "alone.pth") == 0
+    assert train.start_run(worse, None, tmp_path / "alone.pth") == 0
     assert load_checkpoint(tmp_path / "other" / BEST)["iter_num"] == 12
 
 
 def test_an_evaluation_without_gain_is_drawn_and_takes_no_training_time(tiny_config, tmp_path, monkeypatch):
-    import train
     drawn, look = [], train.look
 
     def watched(run, validation):
@@ -206,20 +217,19 @@ def test_an_evaluation_without_gain_is_drawn_and_takes_no_training_time(tiny_con
 
 def test_too_long_a_prompt_is_told_before_training(tiny_config, tmp_path):
     from config import UserError
-    from train import start_run
     with pytest.raises(UserError, match=r"the prompt .* shorten it"):
-        start_run(tiny_config(f"sampling.prompts=[{'Once upon a time ' * 40}]"), None, None)
+        train.start_run(tiny_config(f"sampling.prompts=[{'Once upon a time ' * 40}]"), None, None)
     assert not list(tmp_path.rglob("*.pth"))
 
 
 def test_more_epochs_stretch_the_schedule_and_say_so(tiny_config, tmp_path, capsys):
-    from train import start_run
-    config = tiny_config("training.num_epochs=1", "training.output_dir=run")
-    assert start_run(config, None, None) == 0
+    settings = ["data.max_stories=100", "training.output_dir=run"]
+    config = tiny_config(*settings, "training.num_epochs=1")
+    assert train.start_run(config, None, None) == 0
     steps = load_checkpoint(tmp_path / "run" / LATEST)["iter_num"]
-    longer = tiny_config("training.num_epochs=2", "training.output_dir=run", "optimizer.weight_decay=0.3")
+    longer = tiny_config(*settings, "training.num_epochs=2", "optimizer.weight_decay=0.3")
     capsys.readouterr()
-    assert start_run(longer, None, tmp_path / "run" / LATEST) == 0
+    assert train.start_run(longer, None, tmp_path / "run" / LATEST) == 0
     out = capsys.readouterr().out
     assert "changed since the checkpoint: training.num_epochs 1 -> 2, optimizer.weight_decay 0.1 -> 0.3" in out
     assert "the schedule now spans" in out and "goes up from 3.0e-04" in out
@@ -234,7 +244,6 @@ def interrupt(*args):
 
 
 def test_an_evaluation_that_was_interrupted_is_made_up_for(tiny_config, tmp_path, monkeypatch):
-    import train
     config = tiny_config("training.max_steps=12", "training.output_dir=run", "training.save_steps=100")
     with monkeypatch.context() as patch:
         patch.setattr(train, "sample_stories", interrupt)
@@ -249,7 +258,6 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(tiny_config, tmp_path
 def test_a_run_killed_after_an_evaluation_does_it_again_and_saves_no_more_than_it_needs(tiny_config, tmp_path,
                                                                                          monkeypatch):
     """What is saved before an evaluation is enough: the same metrics, the same best model, the same weights."""
-    import train
     saves, save, step = [], train.Run.save, train.train_step
     monkeypatch.setattr(train.Run, "save", lambda run, name: saves.append((name, run.iter_num)) or save(run, name))
     settings = ["training.max_steps=22", "training.save_steps=5", "training.keep_checkpoints=0"]
@@ -272,45 +280,46 @@ def test_a_run_killed_after_an_evaluation_does_it_again_and_saves_no_more_than_i
 
 def test_other_training_tokens_are_refused(tiny_config, tmp_path, stories):
     from config import UserError
-    from train import start_run
 
     def write(*texts):
         (tmp_path / "mine.txt").write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
 
     write(*stories)
-    settings = ["data.dataset=mine.txt", "data.validation=sample", "training.output_dir=run", "data.max_stories=null"]
-    assert start_run(tiny_config(*settings, "training.max_steps=1"), None, None) == 0
+    settings = ["data.dataset=mine.txt", "training.output_dir=run", "data.max_stories=null"]
+    assert train.start_run(tiny_config(*settings, "training.max_steps=1"), None, None) == 0
     before = (tmp_path / "run" / LATEST).read_bytes()
     cache = {path: path.stat().st_mtime_ns for path in (tmp_path / "data" / "cache").iterdir()}
     for change, part in (("data.max_stories=200", r"data\.max_stories is null there, but 200 in the config"),
                          ("data.dataset=sample", r'data\.dataset is "mine.txt" there, but "sample" in the config')):
         with pytest.raises(UserError, match=part):  # before any work, and what the work would have replaced is there
-            start_run(tiny_config(*settings, change), None, tmp_path / "run" / LATEST)
+            train.start_run(tiny_config(*settings, change), None, tmp_path / "run" / LATEST)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data" / "cache").iterdir()} == cache
     write(*stories[1:])
     with pytest.raises(UserError, match="was trained on other stories"):
-        start_run(tiny_config(*settings), None, tmp_path / "run" / LATEST)
+        train.start_run(tiny_config(*settings), None, tmp_path / "run" / LATEST)
     assert (tmp_path / "run" / LATEST).read_bytes() == before
 
 
 # Several processes
 
 @ON_POSIX  # torchrun needs a torch built with libuv on Windows
-def test_two_processes_train_as_one_and_one_goes_on_where_two_stopped(start_script, tmp_path):
+def test_two_processes_train_as_one_and_one_goes_on_where_two_stopped(start_script, train_here, tmp_path):
     """Dropout included: 20 steps by one, by two, and by one, two, one in turn."""
     settings = ["--set", "training.logging_steps=1", "--set", "scheduler.lr_decay_iters=20", "--resume"]
 
-    def train(folder, steps, before=()):
-        out, _ = finish(start_script(*settings, "--set", f"training.output_dir={folder}", "--set",
-                                         f"training.max_steps={steps}", before=before))
+    def train(folder, steps, processes):
+        arguments = *settings, "--set", f"training.output_dir={folder}", "--set", f"training.max_steps={steps}"
+        status, out, error = train_here(*arguments) if processes == 1 else (
+            0, *finish(start_script(*arguments, before=TORCHRUN)))
+        assert status == 0, error
         assert out.count("plan: cpu") == 1 and out.count("done: ") == 1  # one of them speaks
-        return out
+        assert f"cpu x {processes}" in out
 
-    train("one", 20)
-    assert "cpu x 2" in train("two", 20, TORCHRUN)
-    train("turns", 7)
-    train("turns", 13, TORCHRUN)
-    train("turns", 20)
+    train("one", 20, 1)
+    train("two", 20, 2)
+    train("turns", 7, 1)
+    train("turns", 13, 2)
+    train("turns", 20, 1)
     curves, tokens = {}, set()
     for folder in ("one", "two", "turns"):
         entries = metrics(tmp_path / folder)
@@ -350,8 +359,8 @@ def test_machines_with_different_stories_do_not_train_together(start_script):
 
 
 @ON_POSIX
-def test_only_one_of_several_processes_evaluates(start_script):
-    finish(start_script("--set", "training.max_steps=2"))
+def test_only_one_of_several_processes_evaluates(start_script, train_here):
+    assert train_here("--set", "training.max_steps=2")[0] == 0
     out, _ = finish(start_script("--eval_only", before=TORCHRUN))
     assert out.count("label alignment: ") == 1 and out.count("articles per 100 words") == 1
 
@@ -366,10 +375,10 @@ def test_two_programs_that_pretokenize_at_once_do_not_harm_each_other(start_scri
 
 # Wrong input
 
-def test_eval_only_and_wrong_input(start_script, tmp_path):
-    finish(start_script("--set", "training.max_steps=2"))
-    out, _ = finish(start_script("--eval_only"))
-    assert "validation loss" in out and "Once upon a time there was" in out
+def test_eval_only_and_wrong_input(start_script, train_here, tmp_path):
+    assert train_here("--set", "training.max_steps=2")[0] == 0
+    status, out, _ = train_here("--eval_only")
+    assert status == 0 and "validation loss" in out and "Once upon a time there was" in out
     (tmp_path / "file.txt").write_text("a file", encoding="utf-8")
     with hold_folder(tmp_path / "busy"):
         for arguments, part in ((["--set", "model.d_modle=3"], "d_model"),
@@ -382,5 +391,7 @@ def test_eval_only_and_wrong_input(start_script, tmp_path):
                                 (["--set", "training.output_dir=busy"], "another program is training"),
                                 (["--set", "training.output_dir=file.txt/run"], "file.txt"),
                                 (["--set", "data.dataset=no/such/place.txt"], "no such file")):
-            _, error = finish(start_script(*arguments), 2)
-            assert error.startswith("error: ") and part in error and error.count("\n") == 1
+            status, _, error = train_here(*arguments)
+            assert status == 2 and error.startswith("error: ") and part in error and error.count("\n") == 1
+    _, error = finish(start_script("--checkpoint", "no.pth"), 2)
+    assert error.startswith("error: no.pth: no such checkpoint") and error.count("\n") == 1

@@ -247,7 +247,8 @@ def metrics(folder, kind):
 def test_from_stories_to_a_story(tiny_config, tmp_path, capsys):
     config = tiny_config("training.num_epochs=3", "training.output_dir=my run/Märchen 故事", "model.dropout=0",
                          "data.cache_dir=der Speicher", "data.tokenizer_path=größe/tiny", "training.keep_checkpoints=2",
-                         "training.eval_steps=60", "training.save_steps=50", "data.max_stories=120")
+                         "training.eval_steps=60", "training.save_steps=50", "data.max_stories=120",
+                         "data.validation=null")
     assert start_run(config, None, None) == 0
     out = capsys.readouterr().out
     folder = tmp_path / "my run" / "Märchen 故事"
