@@ -1,7 +1,8 @@
 """A Llama-2 style transformer (Touvron et al., 2023): RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 The names are Meta's (tok_embeddings, layers.N.attention.wq, feed_forward.w1, ...), which converters know. The model
-never shifts its targets: targets[t] is what it must predict at position t (data/tokens.py cuts them so).
+never shifts its targets: targets[t] is what it must predict at position t (data/tokens.py cuts them so). Below it are
+its parameter and FLOP counts, and the way back from a checkpoint (data/checkpoints.py).
 """
 
 from __future__ import annotations
@@ -115,7 +116,8 @@ class Attention(nn.Module):
         """Rotated queries, (batch, n_heads, seq_len, head_dim); rotated keys and values, n_kv_heads of them."""
         shape = (*x.shape[:2], -1, self.config.head_dim)
         queries = apply_rope(self.wq(x).view(shape), cos, sin)  # (batch, seq_len, n_heads, head_dim)
-        keys, values = apply_rope(self.wk(x).view(shape), cos, sin), self.wv(x).view(shape)  # with n_kv_heads
+        keys = apply_rope(self.wk(x).view(shape), cos, sin)  # (batch, seq_len, n_kv_heads, head_dim)
+        values = self.wv(x).view(shape)  # (batch, seq_len, n_kv_heads, head_dim)
         return queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)  # a GPU then copies nothing
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None,
@@ -180,13 +182,6 @@ def plain_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor 
     return (shares @ values).view(queries.shape).type_as(queries)
 
 
-class RMSNorm(nn.RMSNorm):
-    """torch's (Zhang & Sennrich, 2019), which has no fused kernel for two dtypes: under autocast x may be bf16."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
-
-
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer, 2020): w2(silu(w1 x) * w3 x)."""
 
@@ -207,8 +202,8 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attention = Attention(config, layer)
         self.feed_forward = FeedForward(config)
-        self.attention_norm = RMSNorm(config.d_model, eps=config.rms_norm_eps)
-        self.ffn_norm = RMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None,
@@ -227,12 +222,13 @@ class Transformer(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(TransformerBlock(config, layer) for layer in range(config.n_layers))
-        self.norm = RMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.d_model, eps=config.rms_norm_eps)
         self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        for name, table in zip(("rope_cos", "rope_sin"), rope_tables(config), strict=True):
-            self.register_buffer(name, table, persistent=False)  # (max_seq_len, rotary_dim / 2)
+        cos, sin = rope_tables(config)
+        self.register_buffer("rope_cos", cos, persistent=False)  # (max_seq_len, rotary_dim / 2)
+        self.register_buffer("rope_sin", sin, persistent=False)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -259,11 +255,9 @@ class Transformer(nn.Module):
         positions, mask = cache.positions(seq_len) if cache is not None else (slice(seq_len), None)
         if self.config.mask_stories and cache is None:  # a cache never holds two stories
             mask = story_mask(tokens)  # (batch, 1, seq_len, seq_len)
-        cos, sin = self.rope_cos[positions].unsqueeze(-2), self.rope_sin[positions].unsqueeze(-2)  # see apply_rope()
-        x = self.tok_embeddings(tokens)  # (batch, seq_len, d_model), float32
-        if torch.is_autocast_enabled(x.device.type):  # what is added to float32 stays float32: twice the bytes to move
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = self.dropout(x)
+        # (seq_len, 1, rotary_dim / 2), or (batch, seq_len, 1, rotary_dim / 2)
+        cos, sin = self.rope_cos[positions].unsqueeze(-2), self.rope_sin[positions].unsqueeze(-2)
+        x = self.dropout(self.tok_embeddings(tokens))  # (batch, seq_len, d_model)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
                 x = recompute_in_backward(layer, x, cos, sin, mask=mask, use_reentrant=False)
@@ -290,7 +284,7 @@ class Transformer(nn.Module):
         return loss if reduction == "mean" else loss.view(targets.shape)
 
 
-# Counts, and when numbers go wrong
+# Counts
 
 def count_parameters(model: Transformer) -> int:
     """Trainable numbers; a tied embedding counts once."""
@@ -307,6 +301,8 @@ def flops_per_token(model: Transformer) -> int:
     multiplied = count_parameters(model) - (0 if config.tie_embeddings else model.tok_embeddings.weight.numel())
     return 6 * multiplied + 6 * config.n_layers * config.d_model * config.max_seq_len
 
+
+# When numbers go wrong
 
 @contextlib.contextmanager
 def find_non_finite(model: Transformer) -> Iterator[list[str]]:

@@ -5,7 +5,8 @@
     python tests/benchmarks/training.py --profile                    a step by operation, and what each should cost
     python tests/benchmarks/training.py --outside                    a short real run: the shares of its time
     python tests/benchmarks/training.py --everything                 all of it, and what model.py leaves out: a padded
-                                                                     vocabulary, joined products, CUDA graphs
+                                                                     vocabulary, joined products, a bf16 residual
+                                                                     stream, CUDA graphs
 
 Steps are train.py's train_step on random tokens: reading the batch, clipping and fused AdamW are in them. What is
 compared takes turns; the table has medians over the repeats. First step and peak memory are those of a fresh process
@@ -46,6 +47,7 @@ CONFIGS = ["quickstart", "tinystories_cpu", "train_config_tinystories_33M_TOP10K
 WAYS = ["eager float32", "eager bf16", "compiled float32", "compiled bf16"]
 PADDED = "compiled bf16 padded"  # the vocabulary, to a multiple of 128, with tokens that nobody uses
 JOINED = "compiled bf16 joined"  # one product for wq, wk and wv, one for w1 and w3: fewer kernels, and larger ones
+STREAM = "compiled bf16 stream"  # the residual stream in bf16, too; autocast leaves it in float32
 GRAPHS = "compiled bf16 graphs"  # CUDA graphs; on a CPU there are none. Never tried on a GPU yet
 CPU_TOKENS = 2048  # of a micro-batch on the CPU, if the config's has more
 OTHERS = "norms, elementwise"
@@ -103,6 +105,8 @@ def make_step(config: Config, way: str, device: torch.device) -> tuple[Callable[
                     precision=bf16 if "bf16" in way else contextlib.nullcontext)
     if way == JOINED:
         model.apply(join_products)
+    if way == STREAM:
+        model.tok_embeddings.register_forward_hook(lambda module, inputs, output: output.bfloat16())
     compute = model
     if "compiled" in way:
         compute = torch.compile(model, dynamic=False, mode="reduce-overhead" if way == GRAPHS else None)
@@ -178,7 +182,7 @@ def measure_speed(name: str, config: Config, ways: list[str], args: argparse.Nam
             flops = flops_per_token(model)
     if device.type == "cuda":  # a step of ours that waits for the device is an error; transformers' do
         torch.cuda.set_sync_debug_mode("error")
-        for way in set(ways) & {*WAYS, PADDED, JOINED}:
+        for way in set(ways) & {*WAYS, PADDED, JOINED, STREAM}:
             steps[way]()
         torch.cuda.set_sync_debug_mode("default")
     for _ in range(args.repeats):
@@ -211,8 +215,8 @@ def should_cost(config: Config, bf16: bool) -> dict[str, tuple[float, float]]:
         "matrix products": (6 * weights, width * sum(3 * a + 3 * b for a, b in products) + 3 * 4 * weights / micro),
         # forward: q, k, v, output; backward: these, the output's gradient and three gradients
         "attention": (6 * layers * d * m.max_seq_len, layers * width * (6 * d + 6 * kv)),
-        # norm: 4 x the stream, 2 x its output; rotation: q, k read and written, twice; SwiGLU: 8 times its width
-        OTHERS: (0, residual * d * 6 * width + layers * width * (4 * (d + kv) + 8 * f)),
+        # norm: 4 x float32 stream, 2 x its output; rotation: q, k read and written, twice; SwiGLU: 8 times its width
+        OTHERS: (0, residual * d * (4 * 4 + 2 * width) + layers * width * (4 * (d + kv) + 8 * f)),
         "loss": (0, 3 * width * vocab),  # logits read, and read again and replaced by their gradient
         "optimizer, clipping": (0, 40 * parameters / step),  # weight, two moments, gradient; gradient clipped
         "casts and copies": (0, 6 * parameters / micro if bf16 else 0),
@@ -344,7 +348,7 @@ def main() -> None:
           f"{peak / 1e12:,.3f} TFLOP/s\n", flush=True)
     args.against = "transformers" if args.everything else args.against
     ways = [*args.ways, *(f"transformers {way}" for way in WAYS if way in args.ways and args.against)]
-    ways += [PADDED, JOINED, GRAPHS] * (args.everything and "compiled bf16" in args.ways)
+    ways += [PADDED, JOINED, STREAM, GRAPHS] * (args.everything and "compiled bf16" in args.ways)
     if not (args.profile or args.outside) or args.everything:
         print(f"medians of {args.repeats}\n\n"
               "| config | way | tokens/s | share of peak | first step, s | peak memory, MiB |"
