@@ -110,14 +110,16 @@ def run_main(monkeypatch, capsys):
     has torch already. What only a process has (bytes, signals, pipes, full disks) is not seen."""
     def run(main, *arguments, input=""):
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
-            patch.setattr(sys, "argv", ["script.py", *arguments])
-            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode("utf-8")), encoding="utf-8"))
-            for name in ("stdout", "stderr"):  # main() may put others in their places
-                patch.setattr(sys, name, getattr(sys, name))
-            run_script(main)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        try:
+            with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+                patch.setattr(sys, "argv", ["script.py", *arguments])
+                patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode("utf-8")), encoding="utf-8"))
+                for name in ("stdout", "stderr"):  # main() may put others in their places
+                    patch.setattr(sys, name, getattr(sys, name))
+                run_script(main)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return left.value.code, *capsys.readouterr()
     return run
 

@@ -139,6 +139,7 @@ def test_the_column_can_be_chosen(tmp_path):
 
 def test_a_column_of_what_has_none_is_told_once(tmp_path, capsys):
     """As told, not refused: data.validation may be of another kind, and a checkpoint's config goes to other files."""
+    stories._say_once.cache_clear()
     for source in (str(write_txt(tmp_path / "a.txt", STORIES)), "sample"):
         for split in ("train", "validation"):
             opened(source, split, text_column="tale")

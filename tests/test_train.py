@@ -1,5 +1,6 @@
 """The recipe does what it says, and the labels are the next tokens."""
 
+import contextlib
 import json
 import math
 import platform
@@ -425,6 +426,11 @@ def test_the_first_fault_is_found_forwards_and_backwards(where, expected):
         model(tokens, tokens).backward()
     wrong = f"the output of {where}" if expected == "output" else f"the gradient of {where}'s output"
     assert faults[0] == wrong
+    number = len(faults)
+    with contextlib.suppress(ArithmeticError), find_non_finite(model) as others:
+        raise ArithmeticError
+    model(tokens, tokens).backward()  # nobody watches any more
+    assert len(faults) == number and others == []
     with find_non_finite(Transformer(model.config)) as faults:
         model(tokens, tokens)
     assert faults == []
