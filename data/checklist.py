@@ -31,7 +31,9 @@ def check_run(checkpoint: dict[str, Any], source: Path, config: Config, train_fi
     windows = count_windows(len(train_file.tokens), config.model.max_seq_len)
     remaining = training.num_epochs * windows - checkpoint.get("position", 0)
     planned = training.max_steps or step + max(0, math.ceil(remaining / config.step_windows))
-    where = f"step {step:,}, epoch {checkpoint['epoch']:.2f}, best validation loss {checkpoint['best_val_loss']:.4f}"
+    loss = checkpoint["best_val_loss"]
+    known = f"best validation loss {loss:.4f}" if loss < math.inf else "not evaluated before"
+    where = f"step {step:,}, epoch {checkpoint['epoch']:.2f}, {known}"
     if checkpoint.get("completed") == step:
         checks = [Check("ok", "checkpoint", f"{where}; its run is finished")]
     elif step >= planned:
