@@ -183,7 +183,7 @@ def test_the_checklist_tells_a_finished_run_from_others(tiny_config):
     assert "6 done of 13 planned" in halfway["steps"].found
     meaning = halfway["checkpoint"].meaning
     assert "train.py --checkpoint" in meaning and str(Path("a run", "checkpoint_latest.pth")) in meaning
-    early = checks_of(done, config, file, iter_num=6, position=48, completed=0, best_val_loss=float("inf"))["checkpoint"]
+    early = checks_of(done, config, file, iter_num=6, position=48, completed=0, best_val_loss=math.inf)["checkpoint"]
     assert "not evaluated before" in early.found and "inf" not in early.found
     assert checks_of(done, config, file, train_digest="other")["tokenizer"].mark == "bad"
     slow = tiny_config("scheduler.lr_decay_iters=35000")
