@@ -102,14 +102,13 @@ def tokenizer_report(tokenizer: Tokenizer, vocab_size: int, held_out: list[str])
 
 def make_tokenizer(config: Config, folder: str | Path) -> Tokenizer:
     """Train on the config's stories, save to folder, and print the report. Ctrl-C leaves nothing half-written."""
-    stories = open_stories(config.data, "train")
     folder = Path(folder).expanduser()
-    try:  # now, not after the work; but a wrong data set leaves no folder
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+    try:  # now, not after the work
+        tempfile.TemporaryFile(dir=next(place for place in (folder, *folder.parents) if place.exists())).close()
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to ({error.strerror}): set data.tokenizer_path (--output_dir) "
                         "to another folder") from None
+    stories = open_stories(config.data, "train")
     print(f"tokenizer: training {config.model.vocab_size:,} tokens on up to {config.tokenizer.max_samples:,} stories "
           f"of {stories.name}")
     tokenizer = train_tokenizer(itertools.islice(stories, config.tokenizer.max_samples), config.model.vocab_size,
