@@ -1,6 +1,6 @@
 """Train a story-telling Llama: stories -> tokenizer -> token files -> batches -> model -> checkpoint -> stories.
 
-    python train.py                                                          two minutes on a CPU
+    python train.py                                                          a few minutes on a CPU
     python train.py --config config/train_config_tinystories_33M_TOP10K.yaml  the real model, on a GPU
 
 Read it from train(), near the end, where all of it comes together.
@@ -176,9 +176,8 @@ def train_step(run: Run, forward: Callable, total_steps: int) -> None:
 
 def micro_batch(run: Run, start: int) -> tuple[np.ndarray, tuple[Tensor, Tensor]]:
     """The batch_size windows from position `start` on: their indices, and their inputs and targets on the device."""
-    config = run.config
-    windows = training_windows(start, config.training.batch_size, run.num_windows, config.training.seed)
-    return windows, read_batch(run.train_file.tokens, windows, config.model.max_seq_len, run.device)
+    windows = training_windows(start, run.config.training.batch_size, run.num_windows, run.config.training.seed)
+    return windows, read_batch(run.train_file.tokens, windows, run.config.model.max_seq_len, run.device)
 
 
 def read_losses(run: Run) -> None:
@@ -402,10 +401,10 @@ def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | 
                 return 0
             raise UserError(message)
         folder.begin(checkpoint_path, checkpoint["metrics_size"] if checkpoint else 0, training.logger)
-        start = time.perf_counter()
+        start, before = time.perf_counter(), run.iter_num
         status = train(run, validation, total_steps)
         if status == 0 and ranks.first:
-            say_goodbye(run, time.perf_counter() - start, longer_by(run, total_steps), config_path)
+            say_goodbye(run, before, time.perf_counter() - start, longer_by(run, total_steps), config_path)
         return status
 
 
@@ -415,14 +414,15 @@ def longer_by(run: Run, total_steps: int) -> str:
     return steps if run.iter_num >= total_steps else "--set training.early_stopping_patience"
 
 
-def say_goodbye(run: Run, seconds: float, longer: str, config_path: Path | None) -> None:
-    """The result, a whole story, and what to try next."""
+def say_goodbye(run: Run, before: int, seconds: float, longer: str, config_path: Path | None) -> None:
+    """The result, a whole story, and what to try next. before: the step at which this program began; its seconds."""
     sampling, seeds = run.config.sampling, range(run.config.sampling.seed, run.config.sampling.seed + 4)
     stories = sorted(tell_stories(run.model.eval(), run.tokenizer, [sampling.prompts[0]] * 4, sampling, seeds))
     story = next((story for story in stories if story.ended), stories[0])
     best, latest = (shlex.quote(str(run.folder.path / name)) for name in (BEST, LATEST))
-    print(f"\ndone: {counted(run.iter_num, 'step')} in {seconds / 60:.1f} minutes, best validation loss "
-          f"{run.best_val_loss:.4f}\n\n{story.text}\n\nnext:\n  python generate.py --checkpoint {best} --num_samples 3")
+    done = counted(run.iter_num - before, "step") + (f" more, {run.iter_num:,} in all," if before else "")
+    print(f"\ndone: {done} in {seconds / 60:.1f} minutes, best validation loss {run.best_val_loss:.4f}\n\n"
+          f"{story.text}\n\nnext:\n  python generate.py --checkpoint {best} --num_samples 3")
     if longer == "--num_epochs":
         print(f"  python train.py --checkpoint {latest} --num_epochs {run.config.training.num_epochs + 1}")
     if config_path in (None, QUICKSTART):

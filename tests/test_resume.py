@@ -231,6 +231,8 @@ def test_more_epochs_stretch_the_schedule_and_say_so(tiny_config, tmp_path, caps
     capsys.readouterr()
     assert train.start_run(longer, None, tmp_path / "run" / LATEST) == 0
     out = capsys.readouterr().out
+    total = load_checkpoint(tmp_path / "run" / LATEST)["iter_num"]
+    assert f"done: {total - steps} steps more, {total} in all, in " in out
     assert "changed since the checkpoint: training.num_epochs 1 -> 2, optimizer.weight_decay 0.1 -> 0.3" in out
     assert "the schedule now spans" in out and "goes up from 3.0e-04" in out
     checkpoint = load_checkpoint(tmp_path / "run" / LATEST)
