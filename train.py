@@ -3,7 +3,7 @@
     python train.py                                                          a few minutes on a CPU
     python train.py --config config/train_config_tinystories_33M_TOP10K.yaml  the real model, on a GPU
 
-Read it from train(), near the end, where all of it comes together.
+Start reading at train(), the loop, near the middle of the file.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import shlex
 import signal
 import statistics
@@ -22,21 +23,21 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, UserError, add_config_arguments, check_overrides, config_from_dict, load_config, run_script
-from config.cli import MAIN_CONFIG, QUICKSTART, Parser, Unfailing, check_first, deferred_interrupts, positive
+from config.command_line import MAIN_CONFIG, QUICKSTART, Parser, parse_before_imports, positive
 
 
 def parse_arguments() -> tuple[argparse.Namespace, Config | None]:
-    """The command line and its config; None if that is the checkpoint's own, which takes torch to read."""
+    """The command line and its config; None for the config of the checkpoint, which needs torch to be read."""
     parser = Parser(description="Train a story-telling Llama.")
     add_config_arguments(parser, QUICKSTART)
     parser.add_argument("--num_epochs", type=positive, help="instead of training.num_epochs")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--checkpoint", type=Path, help="go on from this file; without --config, with its own config")
-    source.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in training.output_"
-                        "dir; where there is none yet, begin: the same command starts a run and continues it")
+    source.add_argument("--checkpoint", type=Path, help="resume from this file; without --config, with its own config")
+    source.add_argument("--resume", action="store_true", help="resume from the latest checkpoint in training.output_"
+                        "dir, or start if there is none yet: the same command starts a run and continues it")
     parser.add_argument("--eval_only", action="store_true", help="only evaluate --checkpoint (default: the best)")
     args = parser.parse_args()
-    if args.num_epochs:  # and so not the max_steps of the YAML
+    if args.num_epochs:  # it replaces max_steps of the YAML, too
         args.overrides = ["training.max_steps=null", *args.overrides, f"training.num_epochs={args.num_epochs}"]
     if args.checkpoint and not args.config:
         return args, check_overrides(args.overrides)
@@ -44,7 +45,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Config | None]:
 
 
 if __name__ == "__main__":
-    check_first(parse_arguments)  # a mistake is told at once, before seconds of importing what follows
+    arguments = parse_before_imports(parse_arguments)
 
 import numpy as np
 import torch
@@ -52,25 +53,39 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import hardware
-from config.optimizer import describe_optimizer, load_optimizer, make_optimizer
-from config.ranks import ALONE, Ranks, join_ranks
-from config.schedule import learning_rate, schedule_notes
-from config.values import counted
-from data.checkpoints import BEST, CARRIED, LATEST, check_resumable, load_checkpoint
-from data.run_folder import RunFolder, hold_folder
-from data.tokens import TokenFile, count_windows, dropout_seed, prepare_tokens, read_batch, training_windows
-from evaluate import describe_evaluation, evaluate, evaluate_checkpoint, sample_stories
-from generate import encode_prompts, tell_stories
-from model import Transformer, count_parameters, find_non_finite, flops_per_token, load_weights
-from train_custom_tokenizer import ensure_tokenizer
+from config.values import counted, format_bytes
+from data.batches import count_sequences, dropout_seed, read_batch, training_sequences
+from data.quality import check_quality
+from data.token_files import TokenFile, prepare_tokens
+from data.tokenizer import ensure_tokenizer
+from device import (
+    choose_compile,
+    choose_device,
+    choose_precision,
+    explain_out_of_memory,
+    keep_freed_memory,
+    peak_flops,
+)
+from evaluation.full_evaluation import evaluate_checkpoint
+from evaluation.report import update_report
+from evaluation.validation import describe_evaluation, evaluate
+from inference.engine import encode_prompts, generate_samples, generate_stories
+from model import Transformer, count_parameters, flops_per_token
+from training.batch_size import choose_batch_size, estimate_memory
+from training.checkpoints import BEST, LATEST, RUN_STATE, check_resumable, load_checkpoint, load_weights
+from training.distributed import SINGLE_PROCESS, DistributedContext, init_distributed
+from training.interruptions import FaultTolerantStream, deferred_interrupts
+from training.non_finite import find_non_finite
+from training.optimizer import describe_optimizer, load_optimizer, make_optimizer
+from training.run_folder import RunFolder, lock_output_dir
+from training.schedule import learning_rate, schedule_notes
 
 
 def accumulate_gradients(forward: Callable[[Tensor, Tensor], Tensor], precision: Callable[[], Any],
                          batches: Sequence[tuple[Tensor, Tensor]], seeds: Sequence[int] = ()) -> Tensor:
-    """Backward over equal micro-batches so that .grad is that of their mean loss. Returns that loss, float32, ().
+    """Backward over equal micro-batches, so that .grad is that of their mean loss. Returns that loss, float32, ().
 
-    seeds: one for each micro-batch, for its dropout. A DistributedDataParallel forward averages over the ranks, once.
+    seeds: of each micro-batch's dropout. With a DistributedDataParallel forward, the processes average once.
     """
     total = torch.zeros((), device=batches[0][0].device)
     for index, (inputs, targets) in enumerate(batches):
@@ -85,11 +100,9 @@ def accumulate_gradients(forward: Callable[[Tensor, Tensor], Tensor], precision:
     return total
 
 
-# The run
-
 @dataclass
 class Run:
-    """All that changes while training; state() and restore() carry it across a restart."""
+    """All that changes during training. state() and restore() carry it across a restart."""
 
     config: Config
     tokenizer: Tokenizer
@@ -98,115 +111,161 @@ class Run:
     device: torch.device
     train_file: TokenFile
     folder: RunFolder | None = None
-    ranks: Ranks = ALONE
+    distributed: DistributedContext = SINGLE_PROCESS
     precision: Callable[[], Any] = contextlib.nullcontext
     iter_num: int = 0  # steps done
-    position: int = 0  # windows trained on, all epochs counted
+    position: int = 0  # sequences trained on, over all epochs
     best_val_loss: float = math.inf
     evaluations_without_gain: int = 0
     evaluated: int = 0  # the step of the last evaluation
-    completed: int = 0  # the step at which the whole run was done
-    unread: list[tuple[int, int, Tensor, Tensor]] = field(default_factory=list)  # step, position, loss, gradient norm
+    completed: int = 0  # the step at which the whole run was finished
+    pending: list[tuple[int, int, Tensor, Tensor]] = field(default_factory=list)  # step, position, loss, gradient norm
     unlogged: list[tuple[int, float, float]] = field(default_factory=list)  # step, loss, gradient norm
     norms: list[float] = field(default_factory=list)  # the last gradient norms
-    broken: Tensor | None = None  # float32, (): 1 once a gradient was not finite; from then on no step changes a weight
-    best_before: float = math.inf  # best_val_loss, should BEST not be written
-    clock: tuple[int, float] = (0, 0.0)  # a step and the time when it was done; since then only training took time
+    found_inf: Tensor | None = None  # float32, (): 1 after a non-finite gradient; from then on weights do not change
+    best_before: float = math.inf  # best_val_loss, in case that writing BEST fails
+    clock: tuple[int, float] = (0, 0.0)  # a step and the time at its end; since then, only training took time
 
     @property
-    def num_windows(self) -> int:
-        """Of one epoch."""
-        return count_windows(len(self.train_file.tokens), self.config.model.max_seq_len)
+    def sequences_per_epoch(self) -> int:
+        return count_sequences(len(self.train_file.tokens), self.config.model.max_seq_len)
 
     @property
     def epoch(self) -> float:
-        """Passes over the training split so far; 1.0 is one."""
-        return self.position / self.num_windows
+        """Passes over the training split so far."""
+        return self.position / self.sequences_per_epoch
 
     def state(self) -> dict[str, Any]:
+        """What a checkpoint stores."""
         return {"model": self.model.state_dict(), "config": self.config.to_dict(), "tokenizer": self.tokenizer.to_str(),
                 "epoch": self.epoch, "optimizer": self.optimizer.state_dict(), "train_digest": self.train_file.digest,
-                "metrics_size": self.folder.metrics_size, **{name: getattr(self, name) for name in CARRIED}}
+                "metrics_size": self.folder.metrics_size, **{name: getattr(self, name) for name in RUN_STATE}}
 
     def restore(self, checkpoint: dict[str, Any], source: Path) -> None:
-        """Continue where the checkpoint stopped. Raises UserError if that cannot be."""
+        """Continue from the state of a checkpoint. Raises UserError if it does not fit."""
         load_weights(self.model, checkpoint, source)
         load_optimizer(self.optimizer, checkpoint["optimizer"], source)
-        for name in CARRIED:
+        for name in RUN_STATE:
             setattr(self, name, checkpoint[name])
 
     def save(self, name: str) -> None:
-        """Have a checkpoint file written while the run goes on. All ranks call it, the first one writes."""
-        read_losses(self)  # what is saved is known to be sound
+        """Start writing a checkpoint file. All processes call this method; the main process writes."""
+        read_losses(self)  # a saved model is known to be finite
         self.finish_save()
         self.folder.save(name, self.state)
         self.clock = self.iter_num, time.perf_counter()
 
     def finish_save(self) -> bool:
-        """Wait for the save under way. False, on all ranks, if it failed: the run then goes on from what is on disk."""
-        worked = bool(self.ranks.of_first(self.folder.saved()))
-        if not worked and self.folder.saving == BEST:
+        """Wait for the save in progress. Returns False, in all processes, if it failed."""
+        succeeded = bool(self.distributed.from_main(self.folder.wait_for_save()))
+        if not succeeded and self.folder.saving == BEST:
             self.best_val_loss = self.best_before
         self.folder.keep_newest(self.config.training.keep_checkpoints)
-        return worked
+        return succeeded
 
 
 # The loop
 
+def train(run: Run, validation: TokenFile, total_steps: int) -> int:
+    """Train to total_steps, or until Ctrl-C or early stopping. Returns the exit status: 0, or 128 + the signal."""
+    training = run.config.training
+    forward = prepare_device(run, total_steps)
+    bar = tqdm(total=total_steps, initial=run.iter_num, unit="step", desc="train", dynamic_ncols=True, smoothing=0.05,
+               disable=not (training.show_progress and sys.stderr.isatty()))
+    run.clock = run.iter_num, time.perf_counter()
+    with bar, deferred_interrupts() as signals:
+        while not (stopping := run.distributed.any_process(bool(signals))):
+            if is_evaluation_due(run, total_steps):
+                evaluate_and_log(run, validation)
+                continue  # a signal may have arrived meanwhile
+            if is_finished(run, total_steps):
+                break
+            epochs_done = int(run.epoch)
+            train_step(run, forward, total_steps)
+            bar.update()
+            if run.iter_num % training.logging_steps == 0 or run.iter_num == total_steps:
+                log_steps(run, bar)
+            if int(run.epoch) > epochs_done and training.keep_checkpoints:
+                run.save(f"checkpoint_epoch_{int(run.epoch)}.pth")
+            # save before an evaluation, which may fail; a run resumed from there only repeats the evaluation
+            if run.iter_num % training.save_steps == 0 or is_evaluation_due(run, total_steps):
+                run.save(LATEST)
+        if not stopping and training.eval_samples:  # the evaluations so far were on a part of the validation split
+            result = evaluate(run.model, validation, run.tokenizer, run.config, run.device, run.precision, 0,
+                              run.distributed)
+            print(f"whole validation split: {describe_evaluation(result)}")
+            run.folder.record({"type": "final", "step": run.iter_num, "epoch": run.epoch, **result})
+        run.completed = 0 if stopping else run.iter_num
+        run.save(LATEST)
+        saved = run.finish_save()
+    if not saved:
+        raise UserError(f"{training.output_dir}: the last save failed (see the warning above): {LATEST} is missing or "
+                        "from an earlier step")
+    if stopping:
+        print(f"Stopped at step {run.iter_num:,} of {total_steps:,}, saved. To resume:\n"
+              f"  python train.py --checkpoint {shlex.quote(str(run.folder.path / LATEST))}")
+        return 128 + (signals or [signal.SIGTERM])[0]
+    if run.iter_num < total_steps:
+        print(f"Stopped early: {counted(run.evaluations_without_gain, 'evaluation')} without a better loss")
+    return 0
+
+
 def train_step(run: Run, forward: Callable, total_steps: int) -> None:
-    """One optimizer step on the next batch_size * gradient_accumulation_steps windows, shared out among the ranks."""
-    config, training, ranks = run.config, run.config.training, run.ranks
+    """One optimizer step on the next sequences, whose micro-batches are divided among the processes."""
+    config, training, distributed = run.config, run.config.training, run.distributed
     rate = learning_rate(run.iter_num + 1, config.optimizer.learning_rate, total_steps, config.scheduler)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    starts = range(run.position, run.position + run.config.step_windows, training.batch_size)[ranks.rank::ranks.count]
+    starts = range(run.position, run.position + config.sequences_per_step, training.batch_size)
+    starts = starts[distributed.rank::distributed.world_size]
     loss = accumulate_gradients(forward, run.precision, [micro_batch(run, start)[1] for start in starts],
                                 [dropout_seed(training.seed, start) for start in starts])
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.optimizer.max_grad_norm)
-    # the fused optimizer looks at found_inf on the device and leaves all as it is, without any wait for the device
-    bad = (~norm.isfinite()).float()
-    run.broken = bad if run.broken is None else torch.maximum(run.broken, bad)
-    run.optimizer.found_inf = run.broken
+    # the fused optimizer reads found_inf on the device and then changes nothing, without synchronizing
+    not_finite = (~norm.isfinite()).float()
+    run.found_inf = not_finite if run.found_inf is None else torch.maximum(run.found_inf, not_finite)
+    run.optimizer.found_inf = run.found_inf
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.iter_num += 1
-    run.unread.append((run.iter_num, run.position, loss, norm))
-    run.position += run.config.step_windows
+    run.pending.append((run.iter_num, run.position, loss, norm))
+    run.position += config.sequences_per_step
 
 
 def micro_batch(run: Run, start: int) -> tuple[np.ndarray, tuple[Tensor, Tensor]]:
-    """The batch_size windows from position `start` on: their indices, and their inputs and targets on the device."""
-    windows = training_windows(start, run.config.training.batch_size, run.num_windows, run.config.training.seed)
-    return windows, read_batch(run.train_file.tokens, windows, run.config.model.max_seq_len, run.device)
+    """The batch_size sequences from position `start` on: their indices, and their inputs and targets on the device."""
+    sequences = training_sequences(start, run.config.training.batch_size, run.sequences_per_epoch,
+                                   run.config.training.seed)
+    return sequences, read_batch(run.train_file.tokens, sequences, run.config.model.max_seq_len, run.device)
 
 
 def read_losses(run: Run) -> None:
-    """Move run.unread to run.unlogged: the one wait for the device. Raises UserError if one is not finite."""
-    if not run.unread:
+    """Move run.pending to run.unlogged, which synchronizes with the device. Raises UserError if one is not finite."""
+    if not run.pending:
         return
-    steps, positions, losses, norms = zip(*run.unread, strict=True)
-    run.unread.clear()
-    mean = run.ranks.sum(torch.stack(losses)) / run.ranks.count  # (steps,)
+    steps, positions, losses, norms = zip(*run.pending, strict=True)
+    run.pending.clear()
+    mean = run.distributed.sum(torch.stack(losses)) / run.distributed.world_size  # (steps,)
     values = torch.stack([mean, torch.stack(norms)]).tolist()  # (2, steps)
     for step, position, loss, norm in zip(steps, positions, *values, strict=True):
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            run.folder.saved()  # waits: what is being written counts
+            run.folder.wait_for_save()
             kept = f"{LATEST} is from an earlier step" if (run.folder.path / LATEST).exists() else "nothing was saved"
             raise UserError(f"step {step:,}: loss {loss:g}, gradient norm {norm:g}: not finite, so training stopped; "
-                            f"{find_fault(run, position)}; {kept}. Try a lower optimizer.learning_rate, a longer "
+                            f"{diagnose_step(run, position)}; {kept}. Try a lower optimizer.learning_rate, a longer "
                             "scheduler.warmup_steps or a lower optimizer.max_grad_norm")
         run.unlogged.append((step, loss, norm))
 
 
-def find_fault(run: Run, position: int) -> str:
-    """Repeat the step that began at `position`: its weights are still there, since no bad gradient changes them.
+def diagnose_step(run: Run, position: int) -> str:
+    """Repeat the step that began at `position`, with its weights, which a gradient that is not finite does not change.
 
-    Prints the story text that went wrong and returns, as words, the first layer whose output or gradient did.
+    Prints the text of the worst sequence. Returns which module's output or gradient was not finite first.
     """
     training = run.config.training
     with find_non_finite(run.model) as faults:
-        for start in range(position, position + run.config.step_windows, training.batch_size):
-            windows, (inputs, targets) = micro_batch(run, start)
+        for start in range(position, position + run.config.sequences_per_step, training.batch_size):
+            sequences, (inputs, targets) = micro_batch(run, start)
             torch.manual_seed(dropout_seed(training.seed, start))
             with run.precision():
                 losses = run.model(inputs, targets, reduction="none")  # (batch, seq_len)
@@ -214,22 +273,26 @@ def find_fault(run: Run, position: int) -> str:
             if faults:
                 worst = int(losses.sum(dim=1).nan_to_num(nan=math.inf).argmax())
                 text = run.tokenizer.decode(inputs[worst].tolist(), skip_special_tokens=False)
-                tqdm.write(f"window {windows[worst]} of the training tokens, the worst of its batch:\n  | "
-                           + text.replace("\n", "\n  | "))
-                return f"first wrong was {faults[0]}"
-    return "the same step went well when it was repeated"
+                tqdm.write(f"sequence {sequences[worst]} of the training tokens, the worst of its batch:\n"
+                           + indented(text))
+                return f"the first to go wrong was {faults[0]}"
+    return "the same step was finite when it was repeated"
 
 
-def look(run: Run, validation: TokenFile) -> None:
-    """Evaluate, tell the sample stories, print and record both, and keep the best model."""
+def indented(text: str) -> str:
+    return "  | " + text.replace("\n", "\n  | ")
+
+
+def evaluate_and_log(run: Run, validation: TokenFile) -> None:
+    """Evaluate, generate the sample stories, print and record both, and save the model if it is the best so far."""
     result = evaluate(run.model, validation, run.tokenizer, run.config, run.device, run.precision,
-                      run.config.training.eval_samples, run.ranks)
-    stories = sample_stories(run.model, run.tokenizer, run.config) if run.ranks.first else []
+                      run.config.training.eval_samples, run.distributed)
+    stories = generate_samples(run.model, run.tokenizer, run.config.sampling) if run.distributed.is_main else []
     if not math.isfinite(result["val_loss"]):
-        raise UserError(f"step {run.iter_num:,}: the validation loss is not finite; {BEST} is untouched")
+        raise UserError(f"step {run.iter_num:,}: the validation loss is not finite; {BEST} is unchanged")
     tqdm.write(f"step {run.iter_num:,}, epoch {run.epoch:.2f}: {describe_evaluation(result)}")
     for story in stories:
-        tqdm.write("  | " + story.replace("\n", "\n  | "))
+        tqdm.write(indented(story))
     run.folder.record({"type": "evaluation", "step": run.iter_num, "epoch": run.epoch, **result, "samples": stories})
     run.evaluated = run.iter_num
     run.evaluations_without_gain += 1
@@ -241,7 +304,7 @@ def look(run: Run, validation: TokenFile) -> None:
 
 
 def log_steps(run: Run, bar: tqdm) -> None:
-    """Show and record what the steps since the last call did."""
+    """Show and record the steps since the last call."""
     read_losses(run)
     steps, seconds = run.iter_num - run.clock[0], time.perf_counter() - run.clock[1]
     for step, _, norm in run.unlogged:
@@ -251,13 +314,13 @@ def log_steps(run: Run, bar: tqdm) -> None:
             run.folder.record({"type": "spike", "step": step, "gradient_norm": norm, "median": median})
         run.norms = [*run.norms[-99:], norm]
     loss = statistics.fmean(loss for _, loss, _ in run.unlogged)
-    speed = steps * run.config.step_windows * run.config.model.max_seq_len / seconds
+    speed = steps * run.config.sequences_per_step * run.config.model.max_seq_len / seconds
     entry = {"type": "step", "step": run.iter_num, "epoch": run.epoch, "loss": loss, "gradient_norm": run.norms[-1],
              "learning_rate": run.optimizer.param_groups[0]["lr"], "tokens_per_second": speed}
     run.unlogged.clear()
     shown = {"loss": f"{loss:.3f}", "lr": f"{entry['learning_rate']:.1e}", "tok/s": f"{speed:,.0f}"}
-    if peak := hardware.peak_flops(run.device):
-        entry["peak_share"] = speed * flops_per_token(run.model) / peak / run.ranks.count
+    if peak := peak_flops(run.device):
+        entry["peak_share"] = speed * flops_per_token(run.model) / peak / run.distributed.world_size
         shown["peak"] = f"{entry['peak_share']:.0%}"
     run.folder.record(entry)
     run.clock = run.iter_num, time.perf_counter()
@@ -266,136 +329,106 @@ def log_steps(run: Run, bar: tqdm) -> None:
         print(f"step {run.iter_num:,} of {bar.total:,}: " + ", ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
 
 
-def is_due(run: Run, total_steps: int) -> bool:
-    """Is this step to be evaluated, and has not been?"""
+def is_evaluation_due(run: Run, total_steps: int) -> bool:
+    """Whether this step is to be evaluated, and has not been yet."""
     at_end = run.iter_num == total_steps
     return run.iter_num > run.evaluated and (at_end or run.iter_num % run.config.training.eval_steps == 0)
 
 
-def is_over(run: Run, total_steps: int) -> bool:
-    """All steps are done, or early stopping ended the run."""
+def is_finished(run: Run, total_steps: int) -> bool:
+    """Whether all steps are done, or early stopping ended the run."""
     patience = run.config.training.early_stopping_patience
     return run.iter_num >= total_steps or (patience is not None and run.evaluations_without_gain >= patience)
 
 
-def train(run: Run, validation: TokenFile, total_steps: int) -> int:
-    """Train to total_steps, or until Ctrl-C or early stopping. Returns the exit status: 0, or 128 + the signal."""
-    training = run.config.training
-    forward = prepare_device(run, total_steps)
-    bar = tqdm(total=total_steps, initial=run.iter_num, unit="step", desc="train", dynamic_ncols=True, smoothing=0.05,
-               disable=not (training.show_progress and sys.stderr.isatty()))
-    run.clock = run.iter_num, time.perf_counter()
-    with bar, deferred_interrupts() as signals:
-        while not (stopping := run.ranks.any(bool(signals))):
-            if is_due(run, total_steps):
-                look(run, validation)
-                continue  # a signal may have come meanwhile
-            if is_over(run, total_steps):
-                break
-            epochs_done = int(run.epoch)
-            train_step(run, forward, total_steps)
-            bar.update()
-            if run.iter_num % training.logging_steps == 0 or run.iter_num == total_steps:
-                log_steps(run, bar)
-            if int(run.epoch) > epochs_done and training.keep_checkpoints:
-                run.save(f"checkpoint_epoch_{int(run.epoch)}.pth")
-            if run.iter_num % training.save_steps == 0 or is_due(run, total_steps):  # before an evaluation, which may
-                run.save(LATEST)  # fail; not after it, since whoever goes on from here only has to do it again
-        if not stopping and training.eval_samples:  # until here only a part of the validation split was looked at
-            result = evaluate(run.model, validation, run.tokenizer, run.config, run.device, run.precision, 0, run.ranks)
-            print(f"all of the validation split: {describe_evaluation(result)}")
-            run.folder.record({"type": "final", "step": run.iter_num, "epoch": run.epoch, **result})
-        run.completed = 0 if stopping else run.iter_num
-        run.save(LATEST)
-        saved = run.finish_save()
-    if not saved:
-        raise UserError(f"{training.output_dir}: the last save failed, see above: there is no {LATEST} or an older one")
-    if stopping:
-        print(f"stopped at step {run.iter_num:,} of {total_steps:,} and saved. To go on:\n"
-              f"  python train.py --checkpoint {shlex.quote(str(run.folder.path / LATEST))}")
-        return 128 + (signals or [signal.SIGTERM])[0]
-    if run.iter_num < total_steps:
-        print(f"stopped early: {counted(run.evaluations_without_gain, 'evaluation')} without a better loss")
-    return 0
-
+# Before and after the loop
 
 def prepare_device(run: Run, total_steps: int) -> Callable[[Tensor, Tensor], Tensor]:
     """Choose precision, batch size and compilation, and print the plan. Returns the forward to train with."""
-    hardware.keep_freed_memory()
-    run.precision, precision_note = hardware.choose_precision(run.device, run.config.training.use_bf16, run.ranks)
-    bf16, found = run.precision is not contextlib.nullcontext, run.config.training.batch_size == "auto"
-    run.config = hardware.choose_batch_size(run.config, run.model, run.device, run.ranks, bf16,
-                                            lambda size: try_batch(run, run.model, size))
-    training, m, windows = run.config.training, run.config.model, run.config.step_windows
+    keep_freed_memory()
+    run.precision, precision_note = choose_precision(run.device, run.config.training.use_bf16,
+                                                             run.distributed.from_main)
+    bf16, auto = run.precision is not contextlib.nullcontext, run.config.training.batch_size == "auto"
+    run.config = choose_batch_size(run.config, run.model, run.device, run.distributed, bf16,
+                                   lambda size: probe_batch(run, run.model, size))
+    training, seq_len, per_step = run.config.training, run.config.model.max_seq_len, run.config.sequences_per_step
     flops, remaining = flops_per_token(run.model), total_steps - run.iter_num
     plan = [f"{count_parameters(run.model):,} parameters, {flops / 1e6:.1f} MFLOP per training token, about "
-            f"{hardware.estimate_memory(run.model, training.batch_size, bf16) / 2**30:.1f} GiB of memory",
-            f"{windows * m.max_seq_len:,} tokens a step ({counted(training.batch_size, 'window')} of {m.max_seq_len}"
-            f"{', found by auto,' if found else ''} x {training.gradient_accumulation_steps}), "
-            f"{run.num_windows / windows:,.1f} steps an epoch, {counted(total_steps, 'step')} in all "
-            f"({total_steps * windows / run.num_windows:.2f} epochs), {describe_optimizer(run.config)}"]
+            f"{format_bytes(estimate_memory(run.model, training.batch_size, bf16))} of memory",
+            f"{per_step * seq_len:,} tokens a step ({counted(training.batch_size, 'sequence')} of {seq_len}"
+            f"{', chosen by auto,' if auto else ''} x {training.gradient_accumulation_steps}), "
+            f"{run.sequences_per_epoch / per_step:,.1f} steps an epoch, {counted(total_steps, 'step')} in all "
+            f"({total_steps * per_step / run.sequences_per_epoch:.2f} epochs), {describe_optimizer(run.config)}"]
     notes = schedule_notes(run.config, total_steps, run.iter_num, run.optimizer.param_groups[0]["lr"])
     print(*(f"plan: {line}" for line in plan), *(f"note: {note}" for note in notes), sep="\n")
-    forward, compile_note = hardware.choose_compile(
-        run.model, lambda compiled: try_batch(run, compiled, training.batch_size), run.device, training.use_compile,
-        remaining * windows * m.max_seq_len * flops / run.ranks.count)
-    plan.append(f"{run.device.type} x {run.ranks.count}, {precision_note}, {compile_note}")
+    forward, compile_note = choose_compile(
+        run.model, lambda compiled: probe_batch(run, compiled, training.batch_size), run.device, training.use_compile,
+        remaining * per_step * seq_len * flops / run.distributed.world_size)
+    plan.append(f"{run.device.type} x {run.distributed.world_size}, {precision_note}, {compile_note}")
     print(f"plan: {plan[-1]}")
     run.folder.record({"type": "plan", "step": run.iter_num, "plan": plan + notes, "config": run.config.to_dict()})
-    return run.ranks.parallel(forward, run.device)
+    return run.distributed.data_parallel(forward, run.device)
 
 
-def try_batch(run: Run, forward: Callable, batch_size: int) -> None:
-    """A forward and backward pass of the real shape, of two tensors: torch.compile makes a special case of one."""
+def probe_batch(run: Run, forward: Callable, batch_size: int) -> None:
+    """A forward and a backward pass of the real shape, on two tensors, since torch.compile treats one specially."""
     example = tuple(torch.zeros(batch_size, run.config.model.max_seq_len, dtype=int).to(run.device) for _ in range(2))
     accumulate_gradients(forward, run.precision, [example])
 
 
 def prepare_run(config: Config, checkpoint: dict[str, Any] | None, source: Path | None, device: torch.device,
-                folder: RunFolder, ranks: Ranks) -> tuple[Run, TokenFile]:
+                folder: RunFolder, distributed: DistributedContext) -> tuple[Run, TokenFile]:
     """Tokenizer, token files, model, optimizer, and the state of the checkpoint. Returns the validation split too."""
-    with ranks.first_goes_ahead():
+    with distributed.main_process_first():
+        if config.data.check_quality and not checkpoint and distributed.is_main:
+            print(f"quality: {check_quality(config.data)}")
         tokenizer = ensure_tokenizer(config, checkpoint and checkpoint["tokenizer"], source)
         train_file, validation = (prepare_tokens(config.data, tokenizer, split, config.training.show_progress)
                                   for split in ("train", "validation"))
-    encode_prompts(tokenizer, config.sampling.prompts, config.model.max_seq_len)  # too long a one is told now
+    encode_prompts(tokenizer, config.sampling.prompts, config.model.max_seq_len)  # raises if one is too long
     torch.manual_seed(config.training.seed)
-    torch.set_float32_matmul_precision("high")  # what stays float32 may use tf32 on a GPU
+    torch.set_float32_matmul_precision("high")  # allows tf32 on a GPU for what stays float32
     model = Transformer(config.model, config.training.use_gradient_checkpointing).to(device)
-    run = Run(config, tokenizer, model, make_optimizer(model, config), device, train_file, folder, ranks)
-    if not run.num_windows:
-        raise UserError(f"{config.data.dataset}: {len(train_file.tokens):,} training tokens are less than one window "
-                        f"of {config.model.max_seq_len}: add stories, or lower model.max_seq_len")
+    run = Run(config, tokenizer, model, make_optimizer(model, config), device, train_file, folder, distributed)
+    if not run.sequences_per_epoch:
+        raise UserError(f"{config.data.dataset}: {len(train_file.tokens):,} training tokens are fewer than one "
+                        f"sequence of {config.model.max_seq_len}: add stories, or lower model.max_seq_len")
     if checkpoint:
         for note in check_resumable(checkpoint, source, config, train_file.digest):
             print(f"note: {note}")
         run.restore(checkpoint, source)
-        if ranks.of_first(not (source.parent / BEST).exists()):  # the next evaluation then writes one
+        if distributed.from_main(not (source.parent / BEST).exists()):  # the next evaluation then writes one
             run.best_val_loss = math.inf
         print(f"resumed: {source}, step {run.iter_num:,}, epoch {run.epoch:.2f}")
-    ranks.check_same(f"{train_file.digest} {validation.digest} {run.iter_num} {config.model}", "data or checkpoints")
+    distributed.check_equal(f"{train_file.digest} {validation.digest} {run.iter_num} {config.model}",
+                            "data or checkpoints")
     return run, validation
 
 
 def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | None, resume: bool = False) -> int:
-    """From a config to a trained model, and a story. Returns the exit status; with `resume`, being over is no error."""
-    device, training = hardware.choose_device(config.hardware.device), config.training
+    """From a config to a trained model and a story. Returns the exit status; with `resume`, a finished run is no error.
+    """
+    device, training = choose_device(config.hardware.device), config.training
     checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
-    if checkpoint:  # before any work is done
+    if checkpoint:  # fail before any work is done
         check_resumable(checkpoint, checkpoint_path, config)
-    with join_ranks(device) as ranks, hold_folder(Path(training.output_dir).expanduser(), ranks.first) as folder:
+    with (init_distributed(device) as distributed,
+          lock_output_dir(Path(training.output_dir).expanduser(), distributed.is_main, update_report) as folder):
         if checkpoint:
             before = config_from_dict(checkpoint["config"], str(checkpoint_path))
-            config = config.keep_batch_size(before, ranks.count)
-        ranks.check_shares(config)
-        if not ranks.first:
+            config = config.keep_batch_size(before, distributed.world_size)
+        distributed.check_divisible(config)
+        if not distributed.is_main:
             config = replace(config, training=replace(config.training, show_progress=False))
-        run, validation = prepare_run(config, checkpoint, checkpoint_path, device, folder, ranks)
-        remaining = training.num_epochs * run.num_windows - run.position
-        total_steps = training.max_steps or run.iter_num + max(0, math.ceil(remaining / run.config.step_windows))
-        if run.iter_num and is_over(run, total_steps) and run.completed == run.iter_num:
-            message = (f"{checkpoint_path}: has done its {counted(run.iter_num, 'step')} already: raise "
-                       f"{longer_by(run, total_steps)} to go on, or tell stories with generate.py")
+        if config.hardware.num_gpus not in (None, distributed.world_size):
+            print(f"note: hardware.num_gpus is {config.hardware.num_gpus}, but {distributed.world_size} will train; "
+                  f"start one process per GPU: torchrun --nproc_per_node={config.hardware.num_gpus} train.py ...")
+        run, validation = prepare_run(config, checkpoint, checkpoint_path, device, folder, distributed)
+        remaining = training.num_epochs * run.sequences_per_epoch - run.position
+        total_steps = training.max_steps or run.iter_num + max(0, math.ceil(remaining / run.config.sequences_per_step))
+        if run.iter_num and is_finished(run, total_steps) and run.completed == run.iter_num:
+            message = (f"{checkpoint_path}: has already finished its {counted(run.iter_num, 'step')}: raise "
+                       f"{flag_to_extend(run, total_steps)} to continue, or generate stories with generate.py")
             if resume:
                 print(message)
                 return 0
@@ -403,48 +436,49 @@ def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | 
         folder.begin(checkpoint_path, checkpoint["metrics_size"] if checkpoint else 0, training.logger)
         start, before = time.perf_counter(), run.iter_num
         status = train(run, validation, total_steps)
-        if status == 0 and ranks.first:
-            say_goodbye(run, before, time.perf_counter() - start, longer_by(run, total_steps), config_path)
+        if status == 0 and distributed.is_main:
+            print_summary(run, before, time.perf_counter() - start, flag_to_extend(run, total_steps), config_path)
         return status
 
 
-def longer_by(run: Run, total_steps: int) -> str:
-    """What to raise if a run that is over is to go on."""
+def flag_to_extend(run: Run, total_steps: int) -> str:
+    """The setting to raise so that a finished run continues."""
     steps = "--set training.max_steps" if run.config.training.max_steps else "--num_epochs"
     return steps if run.iter_num >= total_steps else "--set training.early_stopping_patience"
 
 
-def say_goodbye(run: Run, before: int, seconds: float, longer: str, config_path: Path | None) -> None:
-    """The result, a whole story, and what to try next. before: the step at which this program began; its seconds."""
+def print_summary(run: Run, before: int, seconds: float, to_extend: str, config_path: Path | None) -> None:
+    """Print the result, a whole story, and what to do next. before: the step at which this program started."""
     sampling, seeds = run.config.sampling, range(run.config.sampling.seed, run.config.sampling.seed + 4)
-    stories = sorted(tell_stories(run.model.eval(), run.tokenizer, [sampling.prompts[0]] * 4, sampling, seeds))
+    stories = sorted(generate_stories(run.model.eval(), run.tokenizer, [sampling.prompts[0]] * 4, sampling, seeds))
     story = next((story for story in stories if story.ended), stories[0])
     best, latest = (shlex.quote(str(run.folder.path / name)) for name in (BEST, LATEST))
-    done = counted(run.iter_num - before, "step") + (f" more, {run.iter_num:,} in all," if before else "")
-    print(f"\ndone: {done} in {seconds / 60:.1f} minutes, best validation loss {run.best_val_loss:.4f}\n\n"
-          f"{story.text}\n\nnext:\n  python generate.py --checkpoint {best} --num_samples 3")
-    if longer == "--num_epochs":
+    print(f"\nFinished at step {run.iter_num:,} ({counted(run.iter_num - before, 'step')} in {seconds / 60:.1f} min), "
+          f"best validation loss {run.best_val_loss:.4f}\n\n{story.text}\n\n"
+          f"Next:\n  python generate.py --checkpoint {best} --num_samples 3")
+    if to_extend == "--num_epochs":
         print(f"  python train.py --checkpoint {latest} --num_epochs {run.config.training.num_epochs + 1}")
     if config_path in (None, QUICKSTART):
-        print(f"  python train.py --config config/{MAIN_CONFIG.name}   (the real model: wants a GPU)")
+        print(f"  python train.py --config config/{MAIN_CONFIG.name}   (the real model; needs a GPU)")
 
 
-def main() -> int:
-    args, config = parse_arguments()
+def main(arguments: tuple[argparse.Namespace, Config | None]) -> int:
+    args, config = arguments
     if config is None:
         config = config_from_dict(load_checkpoint(args.checkpoint)["config"], str(args.checkpoint), args.overrides)
     folder, checkpoint = Path(config.training.output_dir).expanduser(), args.checkpoint
     if args.eval_only:
-        evaluate_checkpoint(config, checkpoint or folder / (LATEST if args.resume else BEST))
+        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, one evaluates
+            evaluate_checkpoint(config, checkpoint or folder / (LATEST if args.resume else BEST), print)
         return 0
     if args.resume and (folder / LATEST).exists():
         checkpoint = folder / LATEST
     elif args.resume:
-        print(f"resume: no {LATEST} in {folder} yet: a new run")
-    sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
-    with hardware.memory_is_told():
+        print(f"resume: no {LATEST} in {folder} yet: starting a new run")
+    sys.stdout, sys.stderr = FaultTolerantStream(sys.stdout), FaultTolerantStream(sys.stderr)
+    with explain_out_of_memory():
         return start_run(config, args.config, checkpoint, args.resume)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, arguments)

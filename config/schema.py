@@ -1,7 +1,7 @@
-"""The schema of the YAML files: one frozen dataclass a section, load_config(), and every check.
+"""The schema of the YAML files: one frozen dataclass for each section, and load_config(), which checks a file.
 
-The field types below are the rules: load_config() reads them, so a key is declared once. `null` in the YAML stands for
-"work it out" and is allowed only where the type says `| None`.
+A field's type is its check, so each key is declared once. `null` in the YAML means "work it out"; it is allowed only
+where the type has `| None`. docs/TRAINING_GUIDE.md has a table of all keys, which a test compares with this file.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from config.cli import REPO, UserError
 from config.combinations import check_combinations
-from config.values import Bounds, build_section, one_line, parse_yaml, show, unknown
+from config.command_line import REPO
+from config.errors import UserError
+from config.other_names import accept_use_wandb, check_names
+from config.values import Bounds, build_section, one_line, parse_yaml, show
 
 Positive = Annotated[int, Bounds(1)]
 Count = Annotated[int, Bounds(0)]
@@ -28,7 +30,7 @@ Beta = Annotated[float, Bounds(0, 0.999999)]
 class ModelConfig:
     """The transformer's shape. The defaults are the main model: 22.75M parameters."""
 
-    vocab_size: Annotated[int, Bounds(259, 1_000_000)] = 10_000  # 256 bytes and three special tokens at the least
+    vocab_size: Annotated[int, Bounds(259, 1_000_000)] = 10_000  # at least 256 bytes and three special tokens
     d_model: Positive = 448
     n_layers: Positive = 7
     n_heads: Positive = 7
@@ -36,12 +38,12 @@ class ModelConfig:
     d_ffn: Positive = 1344
     max_seq_len: Positive = 512
     dropout: Annotated[float, Bounds(0, 0.95)] = 0.1  # on the embedding and the residual branches
-    rope_percentage: Annotated[float, Bounds(0, 1)] = 0.5  # the share of each head's dimensions that is rotated
+    rope_percentage: Annotated[float, Bounds(0, 1)] = 0.5  # fraction of each head's dimensions that is rotated
     rope_base: PositiveReal = 10_000.0
     rms_norm_eps: PositiveReal = 1e-6
     tie_embeddings: bool = True
-    use_flash_attention: bool = True  # false: the plain softmax(QK^T)V, for comparison
-    mask_stories: bool = False  # true: no attention from one story to another
+    use_flash_attention: bool = True  # false: softmax(QK^T)V written out, for comparison
+    mask_stories: bool = False  # true: no attention across stories of a sequence
 
     @property
     def head_dim(self) -> int:
@@ -58,24 +60,24 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The loop. One step is batch_size * gradient_accumulation_steps windows of max_seq_len tokens: tokens_per_step."""
+    """The training loop. A step is batch_size * gradient_accumulation_steps sequences of max_seq_len tokens."""
 
-    batch_size: Positive | Literal["auto"] = 64  # windows of a micro-batch; auto: found out, from tokens_per_step
+    batch_size: Positive | Literal["auto"] = 64  # sequences in a micro-batch; auto: the most that fit
     gradient_accumulation_steps: Positive | None = 4  # null: what tokens_per_step needs
-    tokens_per_step: Positive | None = None  # null: what the two above make
+    tokens_per_step: Positive | None = None  # null: as the two keys above give
     num_epochs: Positive = 5
-    max_steps: Positive | None = None  # null: as many as num_epochs needs; else stop there
-    use_bf16: bool = True  # where the device is faster with it; float32 elsewhere
+    max_steps: Positive | None = None  # null: as many as num_epochs needs
+    use_bf16: bool = True  # where bf16 is faster on the device; else float32
     use_gradient_checkpointing: bool = False
     use_compile: Literal["auto"] | bool = "auto"
     eval_steps: Positive = 1000
-    eval_samples: Count = 0  # validation windows per evaluation, evenly spread; 0 = all
-    early_stopping_patience: Positive | None = None  # evaluations without a better loss; null: never stop early
+    eval_samples: Count = 0  # validation sequences per evaluation, spread evenly; 0: all
+    early_stopping_patience: Positive | None = None  # evaluations without a better loss; null: off
     save_steps: Positive = 500
-    keep_checkpoints: Count = 5  # so many checkpoint_epoch_N.pth, the newest, stay on the disk
+    keep_checkpoints: Count = 5  # how many checkpoint_epoch_N.pth to keep, the newest ones
     logging_steps: Positive = 10
-    loss_spike: PositiveReal | None = 5.0  # report a gradient norm so many times its running median; null: never
-    logger: Literal["tensorboard", "wandb"] | None = None  # told what metrics.jsonl is, where it is installed
+    loss_spike: PositiveReal | None = 5.0  # report gradient norms this many times their running median; null: off
+    logger: Literal["tensorboard", "wandb"] | None = None  # logs beside metrics.jsonl, if installed
     show_progress: bool = True
     output_dir: str = "./checkpoints"
     seed: Count = 42
@@ -85,10 +87,10 @@ class TrainingConfig:
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter, 2019); weight decay acts on matrices only."""
 
-    type: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices (Jordan et al., 2024), AdamW for the rest
+    type: Literal["adamw", "muon"] = "adamw"  # muon (Jordan et al., 2024): for the layers' matrices
     learning_rate: PositiveReal = 5e-4
-    muon_learning_rate: PositiveReal | None = None  # of Muon's matrices; null: learning_rate
-    adam_beta1: Beta = 0.9  # and the momentum of Muon
+    muon_learning_rate: PositiveReal | None = None  # null: learning_rate
+    adam_beta1: Beta = 0.9  # also the momentum of Muon
     adam_beta2: Beta = 0.95
     adam_epsilon: PositiveReal = 1e-8
     weight_decay: NonNegativeReal = 0.1
@@ -107,44 +109,50 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where stories come from (see data/stories.py) and where their token files go."""
+    """Where stories come from (data/stories.py) and where their token files go (data/token_files.py)."""
 
     dataset: str = "tinystories"  # tinystories, sample, a hub id, a file, a folder or a glob
-    validation: str | None = None  # null: the data set's own split, or else a held-out share of the stories
-    validation_fraction: Annotated[float, Bounds(0, 0.5, above=True)] = 0.01  # that share
+    validation: str | None = None  # null: the data set's own split, or else a held-out fraction
+    validation_fraction: Annotated[float, Bounds(0, 0.5, above=True)] = 0.01  # that fraction
     text_column: str | None = None  # null: text or story
-    max_stories: Positive | None = None  # train on the first so many; null: all (sample: 20,000)
-    clean: bool = True
+    max_stories: Positive | None = None  # train on only the first of them; null: all (sample: 20,000)
+    clean: bool = True  # repair encodings, leave out texts that are empty, cut off or damaged
+    check_quality: bool = False  # look at stories before training and print what is wrong with them
+    quality_sample_size: Count = 10_000  # how many stories check_quality looks at; 0: all
+    quality_strict: bool = False  # end the run if check_quality finds a fault
     tokenizer_path: str = "./tokenizer/tinystories_10k"
     cache_dir: str = "./data/cache"
-    max_seq_len: Positive | None = None  # null: model.max_seq_len, which it must equal
+    max_seq_len: Positive | None = None  # only checked: must equal model.max_seq_len
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """How data.tokenizer_path is trained when it is not there; its size is model.vocab_size."""
+    """How a tokenizer is trained when data.tokenizer_path has none; its size is model.vocab_size."""
 
-    max_samples: Positive = 100_000  # stories to learn the merges from
-    min_frequency: Positive = 2  # a pair seen less often is never merged
+    max_samples: Positive = 100_000  # stories to train on
+    min_frequency: Positive = 2  # pairs that occur less often are not merged
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """The sample stories that training shows, and the defaults of generate.py."""
+    """The sample stories at each evaluation, and the defaults of generate.py."""
 
     prompts: tuple[str, ...] = ("Once upon a time there was", "One day, a little girl named Lily", "Tom and his dog")
-    temperature: NonNegativeReal = 0.8  # 0: always the likeliest token
-    top_k: Count = 0  # draw from the k likeliest tokens; 0: from all
-    top_p: Annotated[float, Bounds(0, 1, above=True)] = 0.95  # draw from the likeliest tokens that make up this share
-    min_p: Annotated[float, Bounds(0, 1)] = 0.0  # draw from tokens at least this share as likely as the likeliest
-    repetition_penalty: PositiveReal = 1.0  # above 1: tokens that are there already become less likely
+    temperature: NonNegativeReal = 0.8  # 0: always the most likely token
+    top_k: Count = 0  # sample from the k most likely tokens; 0: from all
+    top_p: Annotated[float, Bounds(0, 1, above=True)] = 0.95  # sample from the most likely tokens with this total
+    min_p: Annotated[float, Bounds(0, 1)] = 0.0  # drop tokens below this fraction of the top probability
+    repetition_penalty: PositiveReal = 1.0  # above 1: makes tokens that occurred before less likely
     max_new_tokens: Positive = 400
     seed: Count = 42
 
 
 @dataclass(frozen=True)
 class HardwareConfig:
+    """Where to run."""
+
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    num_gpus: Positive | None = None  # only checked: how many processes torchrun should have started
 
 
 @dataclass(frozen=True)
@@ -161,8 +169,8 @@ class Config:
     hardware: HardwareConfig = HardwareConfig()
 
     @property
-    def step_windows(self) -> int:
-        """Of one optimizer step, on all ranks together."""
+    def sequences_per_step(self) -> int:
+        """Sequences in one optimizer step, over all processes."""
         training = self.training
         if training.batch_size == "auto":
             return training.tokens_per_step // self.model.max_seq_len
@@ -170,32 +178,34 @@ class Config:
 
     @property
     def evaluation_batch(self) -> int:
-        """Windows of a batch without gradients."""
+        """Sequences in a batch of an evaluation."""
         size = self.training.batch_size
         return max(1, 8192 // self.model.max_seq_len) if size == "auto" else size
 
     def with_batch_size(self, batch_size: int) -> Config:
-        """The same step in micro-batches of so many windows."""
+        """The same step in micro-batches of `batch_size` sequences."""
         training = dataclasses.replace(self.training, batch_size=batch_size,
-                                       gradient_accumulation_steps=self.step_windows // batch_size)
+                                       gradient_accumulation_steps=self.sequences_per_step // batch_size)
         return dataclasses.replace(self, training=training)
 
     def keep_batch_size(self, before: Config, processes: int) -> Config:
-        """With batch_size auto and the same step, the numbers found before, so that dropout stays the same.
+        """With batch_size auto, reuse the size that `before` found for the same step, so that dropout stays the same.
 
-        Not if the micro-batches do not go round to the processes: then a size is found anew.
+        If the micro-batches cannot be divided among the processes, the size is left to be found again.
         """
-        same = self.training.batch_size == "auto" and self.step_windows == before.step_windows
+        same = self.training.batch_size == "auto" and self.sequences_per_step == before.sequences_per_step
         keeps = same and before.training.gradient_accumulation_steps % processes == 0
         return self.with_batch_size(before.training.batch_size) if keeps else self
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Plain values only, as a checkpoint stores them; config_from_dict() is the way back."""
-        return dataclasses.asdict(self)
+        """Plain values, as a checkpoint stores them; config_from_dict() is the inverse."""
+        values = dataclasses.asdict(self)
+        del values["data"]["max_seq_len"]  # it says nothing that model.max_seq_len does not
+        return values
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, check everything.
+    """Read a YAML file, apply `section.key=value` overrides, and check everything.
 
     Raises UserError, one line: the file, the key path, what was found, what is allowed, the nearest known name.
     """
@@ -215,27 +225,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def config_from_dict(values: Any, source: str, overrides: Sequence[str] = ()) -> Config:
-    """Check nested plain values, as a YAML file or a checkpoint holds them. `source` names them in errors."""
+    """Build a Config from plain values, as a YAML file or a checkpoint holds them. `source` names them in errors."""
     config, origins = _build(values, source, overrides)
     check_combinations(config, source, origins)
-    training, window = config.training, config.model.max_seq_len
+    training = config.training
     if training.gradient_accumulation_steps is None and training.batch_size != "auto":
-        accumulation = training.tokens_per_step // (training.batch_size * window)
+        accumulation = training.tokens_per_step // (training.batch_size * config.model.max_seq_len)
         training = dataclasses.replace(training, gradient_accumulation_steps=accumulation)
         config = dataclasses.replace(config, training=training)
-    if config.data.max_seq_len is None:
-        data = dataclasses.replace(config.data, max_seq_len=config.model.max_seq_len)
-        config = dataclasses.replace(config, data=data)
     return config
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """Raise UserError if one is wrong in itself, whatever config it may be applied to."""
+    """Raise UserError for an override that is wrong whatever config it is applied to."""
     _build({}, "", overrides)
 
 
 def _build(values: Any, source: str, overrides: Sequence[str]) -> tuple[Config, dict[str, str]]:
-    """The config, each value checked by itself, and by key path the override that a value came from."""
+    """The config, with each value checked by itself, and for each overridden key path its --set."""
     sections = {field.name: field.default for field in dataclasses.fields(Config)}
     if not isinstance(values, dict):
         raise UserError(f"{source}: expected sections ({', '.join(sections)}), found {show(values)}")
@@ -243,20 +250,20 @@ def _build(values: Any, source: str, overrides: Sequence[str]) -> tuple[Config, 
     origins = {}
     for override in overrides:
         _apply_override(values, override, origins)
-    built = {}
-    for name, section_values in values.items():
-        if name not in sections:
-            raise UserError(f"{origins.get(name, source)}: {unknown(name, sections, 'section')}")
-        built[name] = build_section(type(sections[name]), name, section_values, source, origins)
-    return Config(**built), origins
+    accept_use_wandb(values.get("training"), source, origins)
+    known = {name: [field.name for field in dataclasses.fields(section)] for name, section in sections.items()}
+    check_names(values, known, source, origins)
+    return Config(**{name: build_section(type(sections[name]), name, section, source, origins)
+                     for name, section in values.items()}), origins
 
 
 def change_settings(sampling: SamplingConfig, texts: dict[str, str], origin: str) -> SamplingConfig:
-    """Replace some settings by what their texts say; an error begins with `origin`, filled with name and text."""
+    """Parse texts and replace those settings; an error begins with `origin`, formatted with the name and the text."""
     origins = {name: origin.format(name, text) for name, text in texts.items()}
     values = {name: parse_yaml(text, origins[name]) for name, text in texts.items()}
-    return build_section(SamplingConfig, "sampling", {**dataclasses.asdict(sampling), **values}, "",
-                         {f"sampling.{name}": where for name, where in origins.items()})
+    settings, origins = dataclasses.asdict(sampling), {f"sampling.{name}": where for name, where in origins.items()}
+    check_names({"sampling": values}, {"sampling": list(settings)}, "", origins)
+    return build_section(SamplingConfig, "sampling", {**settings, **values}, "", origins)
 
 
 def _apply_override(values: dict, override: str, origins: dict[str, str]) -> None:

@@ -1,11 +1,10 @@
-"""From YAML text to checked values: what the schema's types mean, and how a wrong value is told.
+"""From YAML text to checked values: what the schema's types mean, and the messages for wrong values.
 
-Nothing here knows a section or a key of this project: those are in schema.py.
+This file knows no section and no key of this project; schema.py has those.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import types
@@ -13,9 +12,9 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 import yaml
 
-from config.cli import UserError
+from config.errors import UserError
 
-LARGEST = 2**53  # every whole number up to here is exact as a float
+LARGEST = 2**53  # floats hold every whole number up to here exactly
 
 
 class Bounds(NamedTuple):
@@ -31,13 +30,13 @@ class Bounds(NamedTuple):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML has it, but `5e-4` is a number (YAML 1.2), a date is text, and a key may stand only once."""
+    """PyYAML's YAML 1.1, except that `5e-4` is a number (YAML 1.2), a date is text, and duplicate keys are an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
             if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem=f"the key {key_node.value!r} stands twice",
+                raise yaml.MarkedYAMLError(problem=f"the key {key_node.value!r} occurs twice",
                                            problem_mark=key_node.start_mark)
             if isinstance(key_node, yaml.ScalarNode):
                 seen.add(key_node.value)
@@ -56,7 +55,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Plain values from YAML text; UserError names `source` and the line."""
+    """Parse YAML text into plain values. Raises UserError that names `source` and the line."""
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader: it builds plain values only
     except yaml.MarkedYAMLError as error:
@@ -68,9 +67,9 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def build_section(cls: type, name: str, values: Any, source: str, origins: dict[str, str]) -> Any:
-    """Make the section's dataclass from plain values, each checked against its field's type.
+    """Build the section's dataclass from plain values, each checked against the type of its field. Raises UserError.
 
-    `origins` names, for a key path, where its value came from if not from `source`. Raises UserError.
+    origins: for a key path, where its value came from, if not from `source`.
     """
     hints = get_type_hints(cls, include_extras=True)
     if values is None:  # a section with every line commented out
@@ -80,8 +79,6 @@ def build_section(cls: type, name: str, values: Any, source: str, origins: dict[
     checked = {}
     for key, value in values.items():
         where = origins.get(f"{name}.{key}", source)
-        if key not in hints:
-            raise UserError(f"{where}: {unknown(key, hints, f'key in {name}', f'{name}.')}")
         try:
             checked[key] = _check_value(value, hints[key])
         except ValueError as error:
@@ -90,7 +87,7 @@ def build_section(cls: type, name: str, values: Any, source: str, origins: dict[
 
 
 def _check_value(value: Any, kind: Any) -> Any:
-    """Return the value as `kind`, or raise ValueError whose text says what is allowed."""
+    """Return the value as `kind`, or raise a ValueError whose text says what is allowed."""
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         allowed = []
@@ -131,13 +128,8 @@ def _fits(value: float, base: type, bounds: Bounds) -> bool:
     return bounds.low <= value <= bounds.high and not (bounds.above and value == bounds.low)
 
 
-def unknown(name: Any, known: Any, noun: str, prefix: str = "") -> str:
-    near = difflib.get_close_matches(str(name), list(known), 1, 0.6)
-    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-    return f"{prefix}{one_line(name)}: unknown {noun}; {hint}"
-
-
 def show(value: Any) -> str:
+    """A value as messages show it."""
     kind = {dict: "a group of keys", list: "a list", type(None): "nothing"}.get(type(value))
     return kind or one_line(repr(value) if isinstance(value, str) else str(value).lower())
 
@@ -148,6 +140,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else plural}"
 
 
+def format_bytes(number: float) -> str:
+    """A number of bytes in MiB or GiB."""
+    return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{max(1, round(number / 2**20)):,} MiB"
+
+
 def one_line(value: Any) -> str:
+    """The value as text on one line, shortened to 120 characters."""
     text = " ".join(str(value).split())
     return text if len(text) <= 120 else text[:117] + "..."

@@ -1,7 +1,7 @@
-"""From a file to the texts in it: .txt split at `<|endoftext|>`, JSON arrays or lines, parquet.
+"""From a file to its texts: .txt split at `<|endoftext|>`, JSON arrays or lines, parquet. All are streamed.
 
-All of them stream. What cannot be read is a UserError, one line: the file, the line or number of the story in it, what
-was found, what to set. stories.py decides which files to read.
+A file that cannot be read raises UserError, one line: the file, the line or number of the story in it, what was found,
+what to set. data/stories.py decides which files to read.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from config.cli import UserError
+from config import UserError
 from config.schema import DataConfig
 from config.values import one_line, show
 
 EXTENSIONS = (".txt", ".jsonl", ".json", ".parquet")
 SEPARATOR = b"<|endoftext|>"  # between the stories of a .txt file
-CHUNK = 1 << 18  # bytes (of JSON: characters) read at once
-LONGEST = 1 << 24  # bytes; what goes on for longer is no story, but a file of another layout
+CHUNK = 1 << 18  # bytes (for JSON characters) read at once
+LONGEST = 1 << 24  # bytes; a longer text means that the file has another layout
 
 
 def read_files(paths: list[Path], data: DataConfig) -> Iterator[str]:
-    """The texts of the files, one after another, as they stand there."""
+    """The texts of the files, one after another, unchanged."""
     readers = {".txt": _read_txt, ".parquet": _read_parquet}
     for path in paths:
         yield from readers.get(path.suffix.lower(), _read_json)(path, data)
 
 
 def _read_txt(path: Path, data: DataConfig) -> Iterator[str]:
-    """UTF-8; one newline on either side of a separator (or at the file's end) is layout, all else is the story's."""
+    """UTF-8. One newline on each side of a separator (or at the end) is layout; all else belongs to the story."""
     def story(piece: bytes) -> str:
         start = piece.startswith((b"\n", b"\r\n")) + piece.startswith(b"\r\n")
         return piece[start:len(piece) - piece.endswith(b"\n") - piece.endswith(b"\r\n")].decode("utf-8")
 
-    rest = b"\n"  # as after a separator, so that the first story keeps its own newlines
+    rest = b"\n"  # as if after a separator, so that the first story keeps its newlines
     with path.open("rb") as file:
-        if file.read(3) != b"\xef\xbb\xbf":  # the byte order mark that Windows' editors write
+        if file.read(3) != b"\xef\xbb\xbf":  # the byte order mark of Windows editors
             file.seek(0)
         try:
             while chunk := file.read(CHUNK):
@@ -53,7 +53,7 @@ def _read_txt(path: Path, data: DataConfig) -> Iterator[str]:
 
 
 def _read_json(path: Path, data: DataConfig) -> Iterator[str]:
-    """Objects in one array, or one a line: what stands between them is skipped, and each is decoded on its own."""
+    """Objects in one array, or one a line. Each is decoded on its own; what is between them is skipped."""
     decode, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,\[\]]*")
     buffer, start, end, line, number, column = "", 0, 0, 1, 1, None
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -63,7 +63,7 @@ def _read_json(path: Path, data: DataConfig) -> Iterator[str]:
             where = f"{path}, line {line}, object {number}"
             try:
                 record, end = decode(buffer, start)
-            except (ValueError, RecursionError) as error:  # so too where the buffer ends inside an object
+            except (ValueError, RecursionError) as error:  # also where the buffer ends inside an object
                 try:
                     chunk = file.read(CHUNK)
                 except UnicodeDecodeError:
@@ -88,7 +88,7 @@ def _not_utf8(path: Path) -> UserError:
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
-                return UserError(f"{path}, line {number}: byte 0x{line[error.start]:02x} is not UTF-8; save it so")
+                return UserError(f"{path}, line {number}: byte 0x{line[error.start]:02x} is not UTF-8; convert it")
     return UserError(f"{path}: not UTF-8")
 
 
@@ -105,7 +105,7 @@ def _read_parquet(path: Path, data: DataConfig) -> Iterator[str]:
 
 
 def read_rows(rows: Any, column: str, where: str) -> Iterator[str]:
-    """The column of a `datasets` data set."""
+    """The texts in a column of a `datasets` data set."""
     return _check_rows((batch[column] for batch in rows.iter(batch_size=1000)), column, where)
 
 
@@ -116,7 +116,7 @@ def choose_column(names: Iterable[str], data: DataConfig, where: str) -> str:
         if name in names:
             return name
     raise UserError(f"{where}: no field {' or '.join(wanted)}, only {one_line(', '.join(names))}; set data.text_column "
-                    "to the one that holds the story")
+                    "to the field that holds the story")
 
 
 def _check_rows(batches: Iterable[list], column: str, where: str) -> Iterator[str]:
@@ -127,11 +127,11 @@ def _check_rows(batches: Iterable[list], column: str, where: str) -> Iterator[st
 def _check_text(value: Any, column: str, where: str) -> str:
     if isinstance(value, str):
         return value
-    raise UserError(f"{where}: {column} is {show(value)}, expected a text; data.text_column says which field to read")
+    raise UserError(f"{where}: {column} is {show(value)}, expected a text; data.text_column sets which field is read")
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file that are not empty. Raises UserError."""
+    """The non-empty lines of a UTF-8 text file. Raises UserError."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -140,5 +140,5 @@ def read_prompts(path: Path) -> list[str]:
         raise UserError(f"--prompts_file {path}: {error.strerror}") from None
     prompts = [line.rstrip("\r") for line in lines if line.strip()]
     if not prompts:
-        raise UserError(f"--prompts_file {path}: no prompt in it; one a line is expected")
+        raise UserError(f"--prompts_file {path}: no prompt in it; expected one a line")
     return prompts

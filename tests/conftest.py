@@ -17,8 +17,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from config import load_config, run_script
-from data.sample import sample_stories
-from train_custom_tokenizer import train_tokenizer
+from data.synthetic_stories import synthetic_stories
+from data.tokenizer import train_tokenizer
 
 # a suite started in the background or under nohup ignores these, and so would the programs that it starts and stops
 for name, usual in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def stories() -> list[str]:
-    return list(itertools.islice(sample_stories(seed=7), 400))
+    return list(itertools.islice(synthetic_stories(seed=7), 400))
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,7 @@ def tokenizer(stories) -> Tokenizer:
 def undrawn(monkeypatch, request):
     """No report.html at every evaluation of every run here: it would take longer than the tiny model's training."""
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("data.run_folder.update_report", lambda folder: None)
+        monkeypatch.setattr("train.update_report", lambda folder: None)
 
 
 @pytest.fixture
@@ -106,9 +106,9 @@ def start_script(workplace, request):
 
 @pytest.fixture
 def run_main(monkeypatch, capsys):
-    """A function: main(), arguments, input -> exit status, output, errors: a script in the test's own process, which
+    """A function: script module, arguments, input -> exit status, output, errors: a script in this process, which
     has torch already. What only a process has (bytes, signals, pipes, full disks) is not seen."""
-    def run(main, *arguments, input=""):
+    def run(script, *arguments, input=""):
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
@@ -116,7 +116,7 @@ def run_main(monkeypatch, capsys):
                 patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode("utf-8")), encoding="utf-8"))
                 for name in ("stdout", "stderr"):  # main() may put others in their places
                     patch.setattr(sys, name, getattr(sys, name))
-                run_script(main)
+                run_script(lambda nothing: script.main(script.parse_arguments()), None)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -130,4 +130,4 @@ def train_here(workplace, monkeypatch, run_main):
     import train
 
     monkeypatch.chdir(workplace)
-    return lambda *arguments: run_main(train.main, *tiny_arguments(*arguments))
+    return lambda *arguments: run_main(train, *tiny_arguments(*arguments))

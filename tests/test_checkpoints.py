@@ -3,20 +3,31 @@
 import itertools
 import json
 import multiprocessing
+import os
 import random
 import re
+import shutil
 import signal
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
 from config import Config, UserError
 from config.schema import ModelConfig
-from data import run_folder
-from data.checkpoints import BEST, LATEST, check_resumable, load_checkpoint, save_checkpoint
-from data.run_folder import RunFolder, hold_folder
-from model import Transformer, model_from_checkpoint
+from model import Transformer
+from training import run_folder
+from training.checkpoints import (
+    BEST,
+    LATEST,
+    check_resumable,
+    load_checkpoint,
+    model_from_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from training.run_folder import RunFolder, lock_output_dir
 
 SHAPE = ModelConfig(vocab_size=300, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ffn=48, max_seq_len=32)
 
@@ -136,7 +147,7 @@ def test_fifty_kills_while_saving_leave_fifty_whole_checkpoints(tmp_path):
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context, draw, path = multiprocessing.get_context(method), random.Random(), tmp_path / LATEST
     if method == "forkserver":
-        context.set_forkserver_preload(["torch", "data.run_folder", "model", "pytest"])
+        context.set_forkserver_preload(["torch", "training.run_folder", "model", "pytest"])
     parts = 0
     for number in range(50):
         receiver, sender = context.Pipe(duplex=False)
@@ -153,7 +164,7 @@ def test_fifty_kills_while_saving_leave_fifty_whole_checkpoints(tmp_path):
         found = load_checkpoint(path)
         assert found["model"]["w"].eq(found["iter_num"]).all()
         parts += any(tmp_path.glob("*.part"))
-        with hold_folder(tmp_path):
+        with lock_output_dir(tmp_path):
             assert not list(tmp_path.glob("*.part"))  # what the killed one left is tidied up
     assert parts  # some were killed in the middle of a save
 
@@ -164,7 +175,7 @@ def test_a_checkpoint_is_written_beside_what_comes_next_and_holds_what_was(tmp_p
     go_on, original, weight = threading.Event(), run_folder.save_checkpoint, torch.zeros(100)
     monkeypatch.setattr(run_folder, "save_checkpoint",
                         lambda path, checkpoint: go_on.wait(60) and original(path, checkpoint))
-    with hold_folder(tmp_path) as folder:
+    with lock_output_dir(tmp_path) as folder:
         folder.save(LATEST, lambda: make_checkpoint() | {"model": {"embedding": weight, "output": weight.detach()},
                                                          "optimizer": {"state": [(weight * 2).view(10, 10)]}})
         assert not (tmp_path / LATEST).exists()
@@ -185,7 +196,7 @@ def test_an_error_on_its_way_out_is_told_and_the_save_under_way_kept_whatever_si
         original(path, checkpoint)
 
     monkeypatch.setattr(run_folder, "save_checkpoint", write_when_interrupted)
-    with pytest.raises((UserError, KeyboardInterrupt)) as caught, hold_folder(tmp_path) as folder:
+    with pytest.raises((UserError, KeyboardInterrupt)) as caught, lock_output_dir(tmp_path) as folder:
         shutdown = folder._thread.shutdown
         monkeypatch.setattr(folder._thread, "shutdown", lambda: leaving.set() or shutdown())
         folder.save(LATEST, make_checkpoint)
@@ -200,22 +211,22 @@ def test_too_little_memory_for_a_file_costs_no_later_one(tmp_path, monkeypatch, 
     def refuse(*args):
         raise error
 
-    with hold_folder(tmp_path) as folder:
+    with lock_output_dir(tmp_path) as folder:
         with monkeypatch.context() as patch:
             patch.setattr(torch, "save", refuse)
             folder.save(LATEST, make_checkpoint)
-            assert not folder.saved()
+            assert not folder.wait_for_save()
         folder.save(LATEST, make_checkpoint)
-        assert folder.saved()
+        assert folder.wait_for_save()
     assert f"not saved ({str(error) or 'out of memory'})" in capsys.readouterr().out
     assert load_checkpoint(tmp_path / LATEST)["iter_num"] == 3
 
 
 def test_a_full_disk_costs_a_line_and_nothing_else(tmp_path, monkeypatch, capsys):
-    with hold_folder(tmp_path) as folder:
+    with lock_output_dir(tmp_path) as folder:
         folder.record({"step": 1})
         folder.save(LATEST, make_checkpoint)
-        assert folder.saved()
+        assert folder.wait_for_save()
         before = (tmp_path / LATEST).read_bytes()
         full = OSError(28, "No space left on device")
 
@@ -226,7 +237,7 @@ def test_a_full_disk_costs_a_line_and_nothing_else(tmp_path, monkeypatch, capsys
             patch.setattr("os.fsync", refuse)
             for _ in range(2):
                 folder.save(LATEST, lambda: make_checkpoint(1))
-                assert not folder.saved()
+                assert not folder.wait_for_save()
             patch.setattr("pathlib.Path.open", refuse)
             folder.record({"step": 2})
             folder.record({"step": 3})
@@ -235,53 +246,53 @@ def test_a_full_disk_costs_a_line_and_nothing_else(tmp_path, monkeypatch, capsys
         assert (tmp_path / LATEST).read_bytes() == before and not list(tmp_path.glob("*.part"))
         folder.record({"step": 4})  # there is room again: nothing was lost
         folder.save(LATEST, lambda: make_checkpoint(1))
-        assert folder.saved()
+        assert folder.wait_for_save()
         with monkeypatch.context() as patch:
             patch.setattr("os.fsync", refuse)
             folder.save(LATEST, make_checkpoint)
-            assert not folder.saved() and LATEST in capsys.readouterr().out  # full anew is told anew
+            assert not folder.wait_for_save() and LATEST in capsys.readouterr().out  # full anew is told anew
     lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
     assert (tmp_path / LATEST).read_bytes() != before
 
 
 def test_only_the_newest_epochs_stay(tmp_path):
-    with hold_folder(tmp_path) as folder:
+    with lock_output_dir(tmp_path) as folder:
         for epoch in range(8, 13):  # 10 comes after 9
             folder.save(f"checkpoint_epoch_{epoch}.pth", make_checkpoint)
-            assert folder.saved()
+            assert folder.wait_for_save()
             folder.keep_newest(2)
         folder.save(BEST, make_checkpoint)
-        assert folder.saved()
+        assert folder.wait_for_save()
         folder.keep_newest(2)
     kept = {"checkpoint_epoch_11.pth", "checkpoint_epoch_12.pth", BEST}
     assert {path.name for path in tmp_path.glob("*.pth")} == kept
 
 
 def test_a_folder_is_held_by_one_run(tmp_path):
-    with hold_folder(tmp_path):
+    with lock_output_dir(tmp_path):
         def enter():
-            with hold_folder(tmp_path):
+            with lock_output_dir(tmp_path):
                 pass
         assert "another program is training" in refusal(enter)
-    with hold_folder(tmp_path):
+    with lock_output_dir(tmp_path):
         pass
     (tmp_path / "file").write_text("no folder", encoding="utf-8")
     with pytest.raises(UserError, match=r"cannot be written to .*training\.output_dir"), \
-            hold_folder(tmp_path / "file" / "run"):
+            lock_output_dir(tmp_path / "file" / "run"):
         pass
 
 
 def test_what_a_killed_drawing_left_is_tidied_up(tmp_path):
     for name in ("report.html", "report.html.1234.part", "loss.png.1234.part", "mine.html.part"):
         (tmp_path / name).write_text("half of it", encoding="utf-8")
-    with hold_folder(tmp_path):
+    with lock_output_dir(tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == {".lock", "report.html", "mine.html.part"}
 
 
 def run_in(path, number, checkpoint=None, metrics_size=0):
     """Leave a run's files there, whose number says which run it was."""
-    with hold_folder(path) as folder:
+    with lock_output_dir(path) as folder:
         folder.begin(checkpoint, metrics_size)
         folder.record({"run": number})
         folder.save(LATEST, lambda: make_checkpoint() | {"iter_num": number, "metrics_size": folder.metrics_size})
@@ -293,33 +304,39 @@ def runs(path):
     return load_checkpoint(path / LATEST)["iter_num"], [json.loads(line)["run"] for line in lines]
 
 
-def test_a_new_run_keeps_the_one_before_and_going_back_to_it_swaps_them(tmp_path, capsys):
+def test_a_new_run_keeps_every_earlier_one_and_an_earlier_one_can_be_resumed(tmp_path, capsys):
     size = run_in(tmp_path, 1)
     run_in(tmp_path, 2)
-    assert runs(tmp_path) == (2, [2]) and runs(tmp_path / "previous") == (1, [1])
-    assert "held an earlier run" in capsys.readouterr().out
-    run_in(tmp_path, 3, tmp_path / "previous" / LATEST, size)  # the new one was a mistake: go on with the first
-    assert runs(tmp_path) == (3, [1, 3]) and runs(tmp_path / "previous") == (2, [2])
-    assert not (tmp_path / "previous.part").exists()
+    first = tmp_path / "previous" / "1"
+    assert runs(tmp_path) == (2, [2]) and runs(first) == (1, [1])
+    line, = capsys.readouterr().out.splitlines()
+    assert f"is now in {first} (1 MiB)" in line
+    run_in(tmp_path, 3, first / LATEST, size)  # the new run was a mistake: resume the first one
+    assert runs(tmp_path) == (3, [1, 3]) and runs(tmp_path / "previous" / "2") == (2, [2]) and runs(first) == (1, [1])
+    shutil.rmtree(tmp_path / "previous" / "1")  # a number is not used again while a later one is there
+    run_in(tmp_path, 4)
+    assert runs(tmp_path / "previous" / "3") == (3, [1, 3]) and not first.exists()
 
 
-def test_a_run_that_never_saved_does_not_replace_the_one_kept(tmp_path):
+def test_a_run_that_never_saved_is_not_kept(tmp_path):
     run_in(tmp_path, 1)
-    for _ in range(2):  # each starts anew, logs, and is killed
-        with hold_folder(tmp_path) as folder:
+    for _ in range(2):  # each starts, records, and is killed
+        with lock_output_dir(tmp_path) as folder:
             folder.begin()
             folder.record({"run": 9})
-    assert runs(tmp_path / "previous") == (1, [1])
+    assert runs(tmp_path / "previous" / "1") == (1, [1]) and len(list((tmp_path / "previous").iterdir())) == 1
 
 
-def test_two_forgetful_starts_do_not_lose_the_long_run(tmp_path):
-    run_in(tmp_path, 200)
-    run_in(tmp_path, 10)  # started anew by mistake, and stopped early
-    assert "would put it in place of that of 200 in" in refusal(run_in, tmp_path, 0)
-    assert runs(tmp_path) == (10, [10]) and runs(tmp_path / "previous") == (200, [200])
-    run_in(tmp_path, 11, tmp_path / LATEST)  # to go on with either is no loss
-    run_in(tmp_path, 201, tmp_path / "previous" / LATEST)
-    assert runs(tmp_path)[0] == 201 and runs(tmp_path / "previous")[0] == 11
+def test_a_run_kept_by_an_earlier_version_stays_where_it_is(tmp_path):
+    """That version moved one run to previous/ itself; it can be resumed, and is not the newest checkpoint."""
+    size = run_in(tmp_path / "run" / "previous", 200)
+    run_in(tmp_path / "run", 10)
+    run_in(tmp_path / "run", 11)
+    os.utime(tmp_path / "run" / "previous" / LATEST, (2**32, 2**32))
+    os.utime(tmp_path / "run" / "previous" / "1" / LATEST, (2**32, 2**32))
+    assert newest_checkpoint(tmp_path) == tmp_path / "run" / LATEST
+    run_in(tmp_path / "run", 201, tmp_path / "run" / "previous" / LATEST, size)
+    assert runs(tmp_path / "run") == (201, [200, 201]) and runs(tmp_path / "run" / "previous") == (200, [200])
 
 
 def test_only_files_of_runs_are_moved_or_removed(tmp_path):
@@ -329,7 +346,7 @@ def test_only_files_of_runs_are_moved_or_removed(tmp_path):
         (tmp_path / name).write_text(name, encoding="utf-8")
     for number in (1, 2, 3):
         run_in(tmp_path, number)
-    assert runs(tmp_path) == (3, [3]) and runs(tmp_path / "previous") == (2, [2])
+    assert runs(tmp_path) == (3, [3]) and runs(tmp_path / "previous" / "2") == (2, [2])
     for name in ("mine.pth", "film.mp4.part", "previous/mine/notes.txt", "previous/mine.pth"):
         assert (tmp_path / name).read_text(encoding="utf-8") == name
 
@@ -340,7 +357,7 @@ def test_going_on_from_an_older_checkpoint_makes_it_the_latest(tmp_path):
     (tmp_path / LATEST).rename(tmp_path / "checkpoint_epoch_1.pth")
     run_in(tmp_path, 2, tmp_path / "checkpoint_epoch_1.pth", size)
     assert runs(tmp_path) == (2, [1, 2])
-    with hold_folder(tmp_path) as folder:
+    with lock_output_dir(tmp_path) as folder:
         folder.begin(tmp_path / "checkpoint_epoch_1.pth", size)
     assert runs(tmp_path) == (1, [1])
 
@@ -350,7 +367,7 @@ def test_going_on_elsewhere_takes_the_metrics_and_the_best_along(tmp_path):
     save_checkpoint(tmp_path / "a" / BEST, make_checkpoint() | {"iter_num": 7})
     run_in(tmp_path / "b", 2)
     run_in(tmp_path / "b", 3, tmp_path / "a" / LATEST, size)
-    assert runs(tmp_path / "b") == (3, [1, 3]) and runs(tmp_path / "b" / "previous") == (2, [2])
+    assert runs(tmp_path / "b") == (3, [1, 3]) and runs(tmp_path / "b" / "previous" / "1") == (2, [2])
     assert runs(tmp_path / "a") == (1, [1]) and load_checkpoint(tmp_path / "b" / BEST)["iter_num"] == 7
 
 
@@ -364,11 +381,11 @@ def test_metrics_are_cut_where_the_checkpoint_was(tmp_path, tail):
 
 
 def test_without_writing_nothing_is_written(tmp_path):
-    with hold_folder(tmp_path / "run", writes=False) as folder:
+    with lock_output_dir(tmp_path / "run", writes=False) as folder:
         folder.begin()
         folder.record({"step": 1})
         folder.save(LATEST, make_checkpoint)
-        assert folder.saved()
+        assert folder.wait_for_save()
         folder.keep_newest(0)
     assert isinstance(folder, RunFolder) and not (tmp_path / "run").exists()
 
@@ -376,8 +393,10 @@ def test_without_writing_nothing_is_written(tmp_path):
 def test_what_cannot_be_resumed_is_told_in_one_line(tmp_path):
     path, checkpoint = tmp_path / "a.pth", make_checkpoint()
     config = Config(model=SHAPE)
-    assert check_resumable(checkpoint, path, config, "abc") == ["changed since the checkpoint: data.max_seq_len 32 -> "
-                                                                "None"]
+    assert check_resumable(checkpoint, path, config, "abc") == []
+    warmer = replace(config, sampling=replace(config.sampling, temperature=0.9))
+    note, = check_resumable(checkpoint, path, warmer)
+    assert note == "changed since the checkpoint: sampling.temperature 0.8 -> 0.9"
     old = {key: value for key, value in checkpoint.items() if key not in ("position", "train_digest")}
     assert "lacks train_digest, position" in refusal(check_resumable, old, path, config)
     assert "trained on other stories" in refusal(check_resumable, checkpoint, path, config, "abd")

@@ -54,6 +54,7 @@ def test_the_main_yaml_names_every_key_and_equals_the_defaults(tmp_path):
     named = yaml.safe_load(MAIN.read_text(encoding="utf-8"))
     config = load_config(MAIN).to_dict()
     assert {section: set(keys) for section, keys in named.items()} == {s: set(v) for s, v in config.items()}
+    assert "max_seq_len" not in named["data"]  # only checked: one name for each thing
     assert load_config(MAIN) == load_config(write(tmp_path, ""))
 
 
@@ -65,7 +66,7 @@ def test_numbers_are_parsed_as_numbers(tmp_path, text):
 
 def test_the_users_sections_alone_are_enough(tmp_path):
     config = load_config(write(tmp_path, "model:\n  d_model: 448\n  n_kv_heads: null\nscheduler:\n"))
-    assert config.model.kv_heads == 7 and config.data.max_seq_len == 512
+    assert config.model.kv_heads == 7 and config.model.max_seq_len == 512
 
 
 @pytest.mark.parametrize(("text", "parts"), [
@@ -121,7 +122,7 @@ def test_a_wrong_override_names_itself(override, part):
     (["model.d_model=154"], "--set model.d_model=154", "of a head of 22 dimensions"),
     (["training.tokens_per_step=4096", "optimizer.type=muon"], "--set training.tokens_per_step=4096", "is not"),
     (["model.max_seq_len=300", "data.max_seq_len=300", "training.tokens_per_step=1000"],
-     "--set model.max_seq_len=300, --set training.tokens_per_step=1000", "64 windows of model.max_seq_len 300: it"),
+     "--set model.max_seq_len=300, --set training.tokens_per_step=1000", "64 sequences of model.max_seq_len 300: it"),
     (["model.max_seq_len=300", "data.max_seq_len=300", "training.tokens_per_step=19200"],
      "--set model.max_seq_len=300, --set training.tokens_per_step=19200", "* model.max_seq_len 300, 76800"),
     (["training.batch_size=auto", "training.gradient_accumulation_steps=null", "training.tokens_per_step=1000",

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
-from data import encoding
-from data.encoding import WordCache, make_encoder, splits_like_gpt2
+from data import word_cache as encoding
+from data.word_cache import WordCache, make_encoder, splits_like_gpt2
 
 DTYPE = np.dtype("<u2")
 # what the pattern must tell apart: contractions, white space of all kinds (also what only Python or only Unicode takes

@@ -13,30 +13,23 @@ import torch
 from conftest import REPO
 from torch import nn
 
+import evaluate as evaluate_script
 from config import UserError, load_config
-from config.hardware import choose_precision
-from data.checklist import check_likelihood, check_run, count_used
-from data.checkpoints import load_checkpoint
-from data.likelihood import POSITIONS, measure_likelihood, position_in_story, token_char_lengths
-from data.measures import learn
-from data.tokens import TokenFile, prepare_tokens
-from data.yardstick import (
-    NUM_PROMPTS,
-    Passage,
-    choose_references,
-    compare,
-    cut_reference,
-    measure_passages,
-    read_stories,
-)
-from evaluate import evaluate, evaluate_checkpoint
-from evaluate import main as evaluate_main
-from generate import GOOD_LOSS
+from data.token_files import TokenFile, prepare_tokens
+from device import choose_precision
+from evaluation.checklist import check_likelihood, check_run, count_used
+from evaluation.comparison import compare, measure_passages
+from evaluation.full_evaluation import evaluate_checkpoint
+from evaluation.likelihood import POSITIONS, measure_likelihood, position_in_story, token_char_lengths
+from evaluation.references import NUM_PROMPTS, Passage, choose_references, cut_reference, read_stories
+from evaluation.text_metrics import learn
+from evaluation.validation import evaluate
 from model import Transformer
 from train import start_run
+from training.checkpoints import load_checkpoint
 
 CPU = torch.device("cpu")
-FLOAT32 = choose_precision(CPU, wanted=False)[0]
+FLOAT32 = choose_precision(CPU, use_bf16=False)[0]
 ODD_TEXTS = ["Once upon a time.", "Zoë said “hi” – naïve café 故事 🎈, the end!", "  An old\n\nman  ", "a"]
 
 
@@ -157,7 +150,7 @@ def test_labels_that_are_off_by_one_are_named(tokenizer, stories, ahead, mark, w
     tokens = pack(stories[:20], tokenizer)
     found = likelihood(Foreteller(tokens, ahead, tokenizer.get_vocab_size(), 16), tokens, tokenizer)
     assert found["articles"] > 50 and found["article_accuracy"] == (1.0 if ahead == 1 else 0.0)
-    check = check_likelihood(found, 10, [], GOOD_LOSS)[1]
+    check = check_likelihood(found, 10, [])[1]
     assert (check.name, check.mark) == ("label alignment", mark) and words in check.meaning
 
 
@@ -196,13 +189,13 @@ def test_a_loss_that_still_falls_is_told_from_one_that_does_not(tokenizer):
     def curve(*losses):
         return [{"type": "evaluation", "step": 100 * (i + 1), "val_loss": loss} for i, loss in enumerate(losses)]
 
-    falling = check_likelihood(found, 1000, curve(9, 9, 8, 8, 7, 7, 6, 4, 3, 2), GOOD_LOSS)[0]
+    falling = check_likelihood(found, 1000, curve(9, 9, 8, 8, 7, 7, 6, 4, 3, 2))[0]
     assert "fell by 50.0%" in falling.found and "still falling" in falling.meaning  # from step 800, a fifth before
-    rising = check_likelihood(found, 1000, curve(9, 9, 8, 8, 7, 7, 6, 2, 1, 3), GOOD_LOSS)[0]
+    rising = check_likelihood(found, 1000, curve(9, 9, 8, 8, 7, 7, 6, 2, 1, 3))[0]
     assert "rose by 50.0%" in rising.found and "still falling" not in rising.meaning
-    of_then = check_likelihood(found, 500, curve(9, 9, 8, 4, 2, 1, 1, 1, 1, 1), GOOD_LOSS)[0]  # an earlier checkpoint
+    of_then = check_likelihood(found, 500, curve(9, 9, 8, 4, 2, 1, 1, 1, 1, 1))[0]  # an earlier checkpoint
     assert "fell by 50.0%" in of_then.found
-    assert check_likelihood({**found, "val_loss": 1.9}, 500, [], GOOD_LOSS)[0].mark == "ok"
+    assert check_likelihood({**found, "val_loss": 1.9}, 500, [])[0].mark == "ok"
 
 
 def test_used_tokens_are_counted_across_chunks():
@@ -276,10 +269,14 @@ def config_of(path):
     return config_from_dict(load_checkpoint(path)["config"], "", ["training.show_progress=false"])
 
 
-def test_a_checkpoint_is_looked_at_from_all_sides(trained, tmp_path, capsys):
-    out = tmp_path / "all of it" / "evaluation.json"
-    evaluate_checkpoint(config_of(trained), trained, num_stories=12, out=out)
-    printed, result = capsys.readouterr().out, json.loads(out.read_text(encoding="utf-8"))
+def evaluated(config, path, **more):
+    """The result as JSON has it; its text is printed."""
+    return json.loads(json.dumps(evaluate_checkpoint(config, path, print, **more)))
+
+
+def test_a_checkpoint_is_looked_at_from_all_sides(trained, capsys):
+    result = evaluated(config_of(trained), trained, num_stories=12)
+    printed = capsys.readouterr().out
     names = [check["name"] for check in result["checks"]]
     assert names == ["checkpoint", "steps", "vocabulary", "tokenizer", "articles in the data", "learning rate", "loss",
                      "label alignment"] and all(f"{name}: " in printed for name in names)
@@ -303,15 +300,15 @@ def test_a_config_of_another_model_is_one_line(trained, shape, part):
     """As train.py --eval_only with another --config has it."""
     config = config_of(trained)
     with pytest.raises(UserError, match=part):
-        evaluate_checkpoint(dataclasses.replace(config, model=dataclasses.replace(config.model, **shape)), trained)
+        evaluated(dataclasses.replace(config, model=dataclasses.replace(config.model, **shape)), trained)
 
 
 def test_fewer_stories_than_asked_for_are_explained(trained, capsys):
-    evaluate_checkpoint(config_of(trained), trained, num_stories=8)
+    evaluated(config_of(trained), trained, num_stories=8)
     assert "note: " not in capsys.readouterr().out
-    evaluate_checkpoint(config_of(trained), trained, num_stories=5000)
+    evaluated(config_of(trained), trained, num_stories=5000)
     lines = capsys.readouterr().out.splitlines()
-    told = next(line for line in lines if " stories, and as many of the validation split" in line).split()[0]
+    told = next(line for line in lines if " stories, compared with as many of the validation split" in line).split()[0]
     notes = [line for line in lines if line.startswith("note: ")]
     assert len(notes) == 1 and f"{told} stories, not 5,000" in notes[0] and 8 < int(told) < 5000
 
@@ -319,15 +316,14 @@ def test_fewer_stories_than_asked_for_are_explained(trained, capsys):
 def test_any_text_is_scored_on_its_own_bytes(trained, tmp_path, capsys):
     for name, texts in (("plain.txt", "\n<|endoftext|>\n".join(ODD_TEXTS)), ("lines.jsonl", "".join(
             json.dumps({"text": text}) + "\n" for text in ODD_TEXTS))):
-        file, out = tmp_path / name, tmp_path / "score.json"
+        file = tmp_path / name
         file.write_text(texts, encoding="utf-8")
-        evaluate_checkpoint(config_of(trained), trained, data=str(file), out=out)
-        result = json.loads(out.read_text(encoding="utf-8"))
+        result = evaluated(config_of(trained), trained, data=str(file))
         assert result["likelihood"]["bytes"] == sum(len(text.encode()) for text in ODD_TEXTS)  # nothing was cleaned off
         score = f"{result['likelihood']['bits_per_byte']:.4f} bits per byte"
         assert "table" not in result and score in capsys.readouterr().out
     with pytest.raises(UserError, match=r"^--data .*: no such file"):
-        evaluate_checkpoint(config_of(trained), trained, data=str(tmp_path / "none.txt"))
+        evaluated(config_of(trained), trained, data=str(tmp_path / "none.txt"))
 
 
 def test_scoring_a_text_leaves_the_training_cache_alone(trained, tmp_path):
@@ -335,10 +331,10 @@ def test_scoring_a_text_leaves_the_training_cache_alone(trained, tmp_path):
     file.write_text("A cat sat on the mat.  ", encoding="utf-8")
     config = config_of(trained)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, validation=str(file)))
-    evaluate_checkpoint(config, trained, num_stories=0)
+    evaluated(config, trained, num_stories=0)
     cache = trained.parent.parent / "cache"
     before = {path: path.read_bytes() for path in cache.glob("*mine.txt*")}
-    evaluate_checkpoint(config, trained, data=str(file))  # uncleaned, so other tokens of the same name
+    evaluated(config, trained, data=str(file))  # uncleaned, so other tokens of the same name
     assert len(before) >= 2 and {path: path.read_bytes() for path in cache.glob("*mine.txt*")} == before
 
 
@@ -346,14 +342,14 @@ def test_out_overwrites_nothing_but_evaluation_json(tmp_path, monkeypatch):
     file = tmp_path / "mine.txt"
     file.write_text("Once upon a time.", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--data", str(file), "--out", str(file)])
-    with pytest.raises(UserError, match="is there already"):
-        evaluate_main()
+    with pytest.raises(UserError, match="exists already"):
+        evaluate_script.main(evaluate_script.parse_arguments())
     assert file.read_text(encoding="utf-8") == "Once upon a time."
     (tmp_path / "evaluation.json").write_text("{}", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", "none.pth", "--out",
                                       str(tmp_path / "evaluation.json")])
     with pytest.raises(UserError, match="no such checkpoint"):
-        evaluate_main()
+        evaluate_script.main(evaluate_script.parse_arguments())
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -363,5 +359,5 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", "none.pth", *arguments])
     with pytest.raises(UserError, match=message):
-        evaluate_main()
+        evaluate_script.main(evaluate_script.parse_arguments())
     assert not list(tmp_path.iterdir())

@@ -21,8 +21,8 @@ import articles_report
 from articles_report import misplaced_articles, words_after_articles
 
 import train
-from data.sample import sample_stories
-from data.tokens import IGNORED, read_batch
+from data.batches import IGNORED, read_batch
+from data.synthetic_stories import synthetic_stories
 
 TINY = ["--dataset", "sample", "--seeds", "1", "--out", "out", "--variants", articles.VARIANTS[1].title,
         "no <|endoftext|>"]
@@ -108,7 +108,7 @@ def test_the_whole_experiment_and_that_nothing_is_trained_twice(tmp_path, monkey
 def test_another_text_of_the_same_name_has_a_tokenizer_and_a_run_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number in (60, 80):
-        text = "\n<|endoftext|>\n".join(itertools.islice(sample_stories(seed=1), number))
+        text = "\n<|endoftext|>\n".join(itertools.islice(synthetic_stories(seed=1), number))
         (tmp_path / "mine.txt").write_text(text, encoding="utf-8")
         run(monkeypatch, "--dataset", "mine.txt", "--validation", "sample", "--set", "training.max_steps=1",
             "--variants", articles.BASE.title)

@@ -15,16 +15,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import train
-from config import UserError, hardware, load_config
-from config.cli import MAIN_CONFIG
-from config.optimizer import make_optimizer
-from config.ranks import ALONE
-from data.checkpoints import LATEST
-from data.likelihood import measure_likelihood
-from data.tokens import TokenFile
-from evaluate import evaluate
-from generate import generate_tokens, pack
+from config import UserError, load_config
+from config.command_line import MAIN_CONFIG
+from data.token_files import TokenFile
+from device import choose_device, choose_precision, peak_flops
+from evaluation.likelihood import measure_likelihood
+from evaluation.validation import evaluate
+from inference.engine import generate_tokens
+from inference.packed_weights import choose_compute, pack
 from model import Transformer
+from training.batch_size import choose_batch_size, estimate_memory
+from training.checkpoints import LATEST
+from training.distributed import SINGLE_PROCESS
+from training.optimizer import make_optimizer
 
 GPU, MPS, CPU = torch.device("cuda", 0), torch.device("mps", 0), torch.device("cpu")
 READS = {"item", "tolist", "nonzero", "argwhere", "masked_select", "unique", "equal", "allclose", "is_nonzero",
@@ -113,7 +116,7 @@ def tiny(*overrides):
 def start(config, device):
     torch.manual_seed(0)
     model, tokens = Transformer(config.model).to(device), np.random.default_rng(0).integers(0, 512, 9000, np.uint16)
-    precision = hardware.choose_precision(GPU, config.training.use_bf16)[0]
+    precision = choose_precision(GPU, config.training.use_bf16)[0]
     return train.Run(config, None, model, make_optimizer(model, config), device, TokenFile(None, tokens, {}, ""),
                      precision=precision)
 
@@ -206,7 +209,7 @@ def test_a_whole_run_goes_as_on_the_cpu(gpu, tiny_config, tmp_path, monkeypatch)
         return [entry for entry in map(json.loads, lines) if entry["type"] not in ("plan", "final")]
 
     expected = run("here", 6)
-    monkeypatch.setattr(hardware, "choose_device", lambda name: GPU)
+    monkeypatch.setattr(train, "choose_device", lambda name: GPU)
     with gpu:
         found = run("there", 4, 6)
     assert [entry["step"] for entry in found] == [entry["step"] for entry in expected]
@@ -228,31 +231,31 @@ def test_what_a_gpu_has_room_for_is_tried(gpu):
         if size > 32:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.44 GiB. GPU 0 has")
 
-    chosen = hardware.choose_batch_size(config, model, GPU, ALONE, True, try_it).training
+    chosen = choose_batch_size(config, model, GPU, SINGLE_PROCESS, True, try_it).training
     assert (chosen.batch_size, chosen.gradient_accumulation_steps) == (32, 8)
     room = 1.5 * 24 * 2**30
-    assert tried == [size for size in (256, 128, 64, 32) if hardware.estimate_memory(model, size, True) < room]
+    assert tried == [size for size in (256, 128, 64, 32) if estimate_memory(model, size, True) < room]
     assert tried[0] < 256  # or the memory there was not looked at
 
 
 def test_what_torch_says_of_a_gpu_is_what_is_used(gpu, monkeypatch):
-    assert hardware.peak_flops(GPU) == 209.5e12
-    precision, why = hardware.choose_precision(GPU, True)
+    assert peak_flops(GPU) == 209.5e12
+    precision, why = choose_precision(GPU, True)
     with precision():
         assert why == "bf16 autocast" and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-    assert hardware.choose_compute("auto", GPU) == ("bf16", "")
+    assert choose_compute("auto", GPU) == ("bf16", "")
     with pytest.raises(UserError, match="only on the cpu, not on cuda"):
-        hardware.choose_compute("int8", GPU)
+        choose_compute("int8", GPU)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    assert hardware.choose_precision(GPU, True)[1] == "float32 (this GPU has no bf16)"
+    assert choose_precision(GPU, True)[1] == "float32 (this GPU has no bf16)"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert hardware.choose_device("auto") == torch.device("cuda")
+    assert choose_device("auto") == torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     used = []
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert [hardware.choose_device("cuda")] == used == [torch.device("cuda", 1)]
+    assert [choose_device("cuda")] == used == [torch.device("cuda", 1)]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match="4 processes on this machine, but it has 2 GPUs"):
-        hardware.choose_device("cuda")
+        choose_device("cuda")

@@ -16,8 +16,8 @@ import fixed_hour
 
 import train
 from config import load_config
-from data.checkpoints import LATEST, load_checkpoint
-from data.sample import sample_stories
+from data.synthetic_stories import synthetic_stories
+from training.checkpoints import LATEST, load_checkpoint
 
 SETTINGS = ["data.max_stories=200", "model.vocab_size=512", "model.d_model=32", "model.n_layers=1", "model.n_heads=1",
             "model.d_ffn=64", "training.use_bf16=false", "training.use_compile=false", "training.show_progress=false",
@@ -101,7 +101,7 @@ def test_the_table_has_means_spreads_and_differences():
 
 def test_another_text_of_the_same_name_has_a_tokenizer_and_a_run_of_its_own(run, tmp_path):
     for number in (60, 80):
-        text = "\n<|endoftext|>\n".join(itertools.islice(sample_stories(seed=1), number))
+        text = "\n<|endoftext|>\n".join(itertools.islice(synthetic_stories(seed=1), number))
         (tmp_path / "mine.txt").write_text(text, encoding="utf-8")
         assert run("--dataset", "mine.txt", "--validation", "sample", "--minutes", "0.001", variants=("base",)) == 0
     first, second = ((path / "tokenizer.json").read_bytes() for path in (tmp_path / "out").glob("tokenizer-*"))
@@ -129,7 +129,7 @@ def test_variants_are_sound_and_differ_from_the_base(title, tmp_path):
     config = load_config(fixed_hour.CONFIG)
     varied = fixed_hour.configure(config, title, [], tmp_path)
     if "steps of" not in title:
-        assert varied.step_windows * varied.model.max_seq_len == STEP_TOKENS
+        assert varied.sequences_per_step * varied.model.max_seq_len == STEP_TOKENS
     same = fixed_hour.name_of("", varied) == fixed_hour.name_of("", fixed_hour.configure(config, "base", [], tmp_path))
     assert same == (title == "base")
 

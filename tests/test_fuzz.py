@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from config import Config, UserError, load_config
-from config.cli import MAIN_CONFIG
+from config.command_line import MAIN_CONFIG
 
 TRY = settings(max_examples=300, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 KEYS = [f"{section}.{key}" for section, values in Config().to_dict().items() for key in values]

@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from data.measures import (
+from evaluation.memorization import SHORTEST, longest_runs
+from evaluation.text_metrics import (
     begins_with_vowel_sound,
     closed_quotes,
     distinct,
@@ -15,7 +16,6 @@ from data.measures import (
     measure,
     split_words,
 )
-from data.memorised import SHORTEST, longest_runs
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def slow_longest_run(story, training):
 
 
 def test_the_longest_run_is_that_of_an_exhaustive_search(monkeypatch):
-    monkeypatch.setattr("data.memorised.CHUNK", 50)  # so that runs go across chunks
+    monkeypatch.setattr("evaluation.memorization.CHUNK", 50)  # so that runs go across chunks
     random_numbers = np.random.default_rng(0)
     training = random_numbers.integers(0, 3, 300).astype(np.uint16)  # three words: many partial matches
     stories = [random_numbers.integers(0, 3, 40) for _ in range(8)]
@@ -131,7 +131,7 @@ def test_the_longest_run_is_that_of_an_exhaustive_search(monkeypatch):
 
 
 def test_a_hash_that_collides_is_not_believed(monkeypatch):
-    monkeypatch.setattr("data.memorised._hash_runs", lambda tokens, length: np.zeros(
+    monkeypatch.setattr("evaluation.memorization._hash_runs", lambda tokens, length: np.zeros(
         max(0, len(tokens) - length + 1), dtype=np.uint64))
-    monkeypatch.setattr("data.memorised.BASE", np.uint64(0))
+    monkeypatch.setattr("evaluation.memorization.BASE", np.uint64(0))
     assert longest_runs([np.arange(30)], np.arange(100, 200), show_progress=False).tolist() == [0]

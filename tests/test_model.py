@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from config.hardware import estimate_memory
 from config.schema import ModelConfig
 from model import SEPARATOR, KVCache, Transformer, count_parameters, flash_attention, flops_per_token, story_mask
+from training.batch_size import estimate_memory
 
 TINY = {"vocab_size": 300, "d_model": 48, "n_layers": 3, "n_heads": 4, "d_ffn": 80, "max_seq_len": 32, "dropout": 0.0}
 

@@ -11,9 +11,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from data.loggers import open_logger
-from data.report import EVALUATION, FIGURES, PICTURE, REPORT, _told, read_metrics, update_report, write_report
+from evaluation.report import FIGURES, update_report, write_report
 from train import start_run
+from training.loggers import open_logger
+from training.metrics import read_metrics
+from training.run_folder import EVALUATION, PICTURE, REPORT, lock_output_dir
 
 EVIL = '<script>alert("a")</script> & the <b>end</b> 故事'
 
@@ -177,21 +179,22 @@ def test_training_draws_the_report_and_goes_on_without_it(tiny_config, tmp_path,
     page = (folder / REPORT).read_text(encoding="utf-8")
     assert f"{entries[-1]['val_loss']:.4f}" in page and "tokens a step" in page and "learning_rate: 0.003" in page
     capsys.readouterr()
-    _told.clear()
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it fails now
     assert start_run(tiny_config(*settings, "training.output_dir=run"), None, None) == 0
     out = capsys.readouterr().out
-    assert out.count("pip install matplotlib") == 1 and "done: 20 steps" in out
+    assert out.count("pip install matplotlib") == 1 and "Finished at step 20 " in out
     assert not (folder / REPORT).exists()  # that of the earlier run went with it:
-    assert (folder / "previous" / REPORT).read_text(encoding="utf-8") == page
-    assert (folder / "previous" / PICTURE).exists()
+    assert (folder / "previous" / "1" / REPORT).read_text(encoding="utf-8") == page
+    assert (folder / "previous" / "1" / PICTURE).exists()
 
 
 def test_an_error_in_drawing_is_one_line(tmp_path, capsys):
-    _told.clear()
     write_metrics(tmp_path, [{"type": "evaluation", "step": 1, "val_loss": "two"}])
-    update_report(tmp_path)
-    update_report(tmp_path)
+    with lock_output_dir(tmp_path, draw=update_report) as folder:
+        for step in (2, 3):
+            folder.metrics_size = folder.metrics.stat().st_size
+            folder.record({"type": "evaluation", "step": step, "val_loss": 2.0})
+            folder.draw()
     assert capsys.readouterr().out.count("not drawn") == 1
 
 
@@ -203,7 +206,8 @@ def test_a_logger_that_is_not_installed_costs_one_line(tiny_config, monkeypatch,
         config = tiny_config(f"training.logger={name}", "training.max_steps=1", "sampling.max_new_tokens=2")
         assert start_run(config, None, None) == 0
         out = capsys.readouterr().out
-        assert out.count("training.logger") == 1 and f"pip install {name}" in out and "done: 1 step in" in out
+        assert out.count("note: training.logger") == 1 and f"pip install {name}" in out
+        assert "Finished at step 1 (1 step in" in out
 
 
 def test_tensorboard_is_told_every_figure(tmp_path, monkeypatch):

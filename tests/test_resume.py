@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import train
-from config.cli import deferred_interrupts
-from data.checkpoints import BEST, LATEST, load_checkpoint
-from data.run_folder import hold_folder
+from training.checkpoints import BEST, LATEST, load_checkpoint
+from training.interruptions import deferred_interrupts
+from training.run_folder import lock_output_dir
 
 ON_POSIX = pytest.mark.skipif(os.name == "nt", reason="a process cannot be sent signals there")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -82,7 +82,7 @@ def test_a_run_stopped_at_random_steps_ends_as_if_nothing_had_happened(start_scr
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items()), stopped
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole"), stopped
-    assert "has done its 60 steps already" in train_here(*settings)[1]  # once more
+    assert "has already finished its 60 steps" in train_here(*settings)[1]  # once more
 
 
 @ON_POSIX
@@ -96,7 +96,7 @@ def test_an_interrupted_run_saves_the_step_at_hand_and_says_how_to_go_on(start_s
     process.send_signal(number)
     out, error = finish(process, status)
     checkpoint = load_checkpoint(tmp_path / "checkpoints" / "quickstart" / LATEST)
-    assert f"stopped at step {checkpoint['iter_num']:,} of" in out and "--checkpoint" in out
+    assert f"Stopped at step {checkpoint['iter_num']:,} of" in out and "--checkpoint" in out
     assert checkpoint["iter_num"] >= 6 and "stopping after this step" in error
 
 
@@ -179,7 +179,7 @@ def test_going_on_after_early_stopping_is_a_matter_of_patience(tiny_config, tmp_
                          "optimizer.learning_rate=1e-12", "scheduler.min_lr=0", "training.num_epochs=3")
     assert train.start_run(config, None, None) == 0
     latest = tmp_path / "run" / LATEST
-    with pytest.raises(UserError, match=r"raise --set training\.early_stopping_patience to go on"):
+    with pytest.raises(UserError, match=r"raise --set training\.early_stopping_patience to continue"):
         train.start_run(config, None, latest)
     more = tiny_config("training.output_dir=run", "training.eval_steps=2", "training.early_stopping_patience=3",
                        "optimizer.learning_rate=1e-12", "scheduler.min_lr=0", "training.num_epochs=3")
@@ -199,15 +199,15 @@ def test_a_checkpoint_without_its_best_gets_a_new_one(tiny_config, tmp_path):
 
 
 def test_an_evaluation_without_gain_is_drawn_and_takes_no_training_time(tiny_config, tmp_path, monkeypatch):
-    drawn, look = [], train.look
+    drawn, evaluate_and_log = [], train.evaluate_and_log
 
     def watched(run, validation):
         before = time.perf_counter()
-        look(run, validation)
+        evaluate_and_log(run, validation)
         assert run.clock >= (run.iter_num, before)
 
-    monkeypatch.setattr(train, "look", watched)
-    monkeypatch.setattr("data.run_folder.update_report", drawn.append)
+    monkeypatch.setattr(train, "evaluate_and_log", watched)
+    monkeypatch.setattr("train.update_report", drawn.append)
     config = tiny_config("training.output_dir=run", "training.eval_steps=3", "training.max_steps=7",
                          "optimizer.learning_rate=1e-12", "scheduler.min_lr=0")
     assert train.start_run(config, None, None) == 0
@@ -232,7 +232,7 @@ def test_more_epochs_stretch_the_schedule_and_say_so(tiny_config, tmp_path, caps
     assert train.start_run(longer, None, tmp_path / "run" / LATEST) == 0
     out = capsys.readouterr().out
     total = load_checkpoint(tmp_path / "run" / LATEST)["iter_num"]
-    assert f"done: {total - steps} steps more, {total} in all, in " in out
+    assert f"Finished at step {total} ({total - steps} steps in " in out
     assert "changed since the checkpoint: training.num_epochs 1 -> 2, optimizer.weight_decay 0.1 -> 0.3" in out
     assert "the schedule now spans" in out and "goes up from 3.0e-04" in out
     checkpoint = load_checkpoint(tmp_path / "run" / LATEST)
@@ -248,7 +248,7 @@ def interrupt(*args):
 def test_an_evaluation_that_was_interrupted_is_made_up_for(tiny_config, tmp_path, monkeypatch):
     config = tiny_config("training.max_steps=12", "training.output_dir=run", "training.save_steps=100")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "sample_stories", interrupt)
+        patch.setattr(train, "generate_samples", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train.start_run(config, None, None)
     assert load_checkpoint(tmp_path / "run" / LATEST)["iter_num"] == 10  # saved before the evaluation began
@@ -314,7 +314,7 @@ def test_two_processes_train_as_one_and_one_goes_on_where_two_stopped(start_scri
         status, out, error = train_here(*arguments) if processes == 1 else (
             0, *finish(start_script(*arguments, before=TORCHRUN)))
         assert status == 0, error
-        assert out.count("plan: cpu") == 1 and out.count("done: ") == 1  # one of them speaks
+        assert out.count("plan: cpu") == 1 and out.count("Finished at step ") == 1  # one of them speaks
         assert f"cpu x {processes}" in out
 
     train("one", 20, 1)
@@ -342,7 +342,7 @@ def test_two_processes_train_as_one_and_one_goes_on_where_two_stopped(start_scri
 def test_batches_that_cannot_be_shared_out_are_one_line(start_script, tmp_path):
     _, error = finish(start_script("--set", "training.gradient_accumulation_steps=3", before=TORCHRUN), 1)
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "3 cannot be shared out to 2 processes" in lines[0]
+    assert len(lines) == 1 and "3 cannot be divided among 2 processes" in lines[0]
 
 
 @ON_POSIX
@@ -382,7 +382,7 @@ def test_eval_only_and_wrong_input(start_script, train_here, tmp_path):
     status, out, _ = train_here("--eval_only")
     assert status == 0 and "validation loss" in out and "Once upon a time there was" in out
     (tmp_path / "file.txt").write_text("a file", encoding="utf-8")
-    with hold_folder(tmp_path / "busy"):
+    with lock_output_dir(tmp_path / "busy"):
         for arguments, part in ((["--set", "model.d_modle=3"], "d_model"),
                                 (["--checkpoint", "no.pth"], "no such checkpoint"),
                                 (["--config", "no.yaml"], "no such file"),

@@ -12,8 +12,8 @@ from string import Formatter
 
 import pytest
 
-from data import sample
-from data.sample import OPENINGS, PLOTS, WORDS, make_story, sample_stories
+from data import synthetic_stories as sample
+from data.synthetic_stories import OPENINGS, PLOTS, WORDS, make_story, synthetic_stories
 
 # The rule of a and an, written out again: a vowel letter takes "an", but for the words that sound otherwise.
 SILENT_H = {"hour", "honest"}
@@ -25,7 +25,7 @@ PLOT_NOUNS = set("tree room table door story rope race market picnic kitchen hou
                  "ribbon basket garden leaf gate monster bag pot foot knee prize rainbow barn cave".split())
 MANNERS = (r"Once upon a time there was an? ", r"Once upon a time, there was an? ", r"One day, an? ",
            r"[A-Z]\w+ and (his|her) ", r"In an? ", r"There once was an? ", r"[A-Z]\w+ was an? ")
-NAMES = {name: pronoun for slot, pronoun in (("girl", "she"), ("boy", "he")) for name in WORDS[slot].split(",")}
+NAMES = {name: pronoun for slot, pronoun in (("girl", "she"), ("boy", "he")) for name in WORDS[slot].split(", ")}
 
 
 def names_in(text: str) -> list[str]:
@@ -36,7 +36,7 @@ def names_in(text: str) -> list[str]:
 def words_of(slot: str) -> list[str]:
     """The last word of everything that can fill a slot: a "small house" is a house, an "apple pie" is a pie."""
     rows = next(rows for slots, rows in WORDS.items() if slots.split(":")[0] == slot)
-    return [row.split(":")[0].split()[-1] for row in rows.split(",")]
+    return [row.split(":")[0].split()[-1] for row in rows.split(", ")]
 
 
 def beats(text: str) -> list[list[str]]:
@@ -51,38 +51,38 @@ def pattern(phrasings: list[str]) -> re.Pattern[str]:
 
 @pytest.fixture(scope="module")
 def stories() -> list[str]:
-    return list(islice(sample_stories(seed=3), 20_000))
+    return list(islice(synthetic_stories(seed=3), 20_000))
 
 
 def test_a_story_depends_on_seed_and_index_alone(stories):
-    assert list(islice(sample_stories(3, start=777), 5)) == stories[777:782]
+    assert list(islice(synthetic_stories(3, start=777), 5)) == stories[777:782]
     assert [make_story(3, index) for index in (9_999, 0, 782)] == [stories[9_999], stories[0], stories[782]]
     far = 10**9  # where the validation stories begin
-    assert next(sample_stories(3, far)) == make_story(3, far)
+    assert next(synthetic_stories(3, far)) == make_story(3, far)
 
 
 def test_stories_are_the_same_in_every_process():
     """Python hashes strings differently in every process: no story may depend on it."""
-    code = "from data.sample import make_story; print([make_story(5, index) for index in range(50)])"
+    code = "from data.synthetic_stories import make_story; print([make_story(5, index) for index in range(50)])"
     told = {subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": "."},
                            capture_output=True, text=True, check=True).stdout for seed in ("1", "2")}
     assert told == {f"{[make_story(5, index) for index in range(50)]}\n"}
 
 
 def test_other_seeds_tell_other_stories(stories):
-    assert not set(stories) & set(islice(sample_stories(4), 5_000))
+    assert not set(stories) & set(islice(synthetic_stories(4), 5_000))
     assert make_story(1, 11) != make_story(11, 1) and make_story(1, 0) != make_story(-1, 0)
 
 
 def test_no_story_comes_twice_in_100_000():
     count = 100_000
-    assert len({hash(story) for story in islice(sample_stories(0), count)}) == count
+    assert len({hash(story) for story in islice(synthetic_stories(0), count)}) == count
 
 
 def test_every_slot_of_every_phrasing_is_filled():
     """Render every phrasing, also those that are seldom told."""
     cast = sample._cast(random.Random(0).choice, with_pet=False) | {"When": "One day"}
-    for text in (*PLOTS.values(), *(opening[-1] for opening in OPENINGS)):
+    for text in (*PLOTS.values(), *(opening["text"] for opening in OPENINGS)):
         for phrasing in (phrasing for phrasings in beats(text) for phrasing in phrasings):
             assert {slot for _, slot, _, _ in Formatter().parse(phrasing) if slot is not None} <= set(cast), phrasing
             assert re.fullmatch(r"""["A-Z][^{}|<>&]+[.!?]"?""", phrasing.format_map(cast)), phrasing

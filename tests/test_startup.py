@@ -78,7 +78,7 @@ def test_a_second_ctrl_c_while_python_leaves_is_no_second_message(tmp_path):
     code = f"""
 import os, signal, sys
 sys.path.insert(0, {str(REPO)!r})
-from config.cli import run_script
+from config import run_script
 
 class Late:
     def __del__(self):
@@ -89,7 +89,7 @@ def main():
     late = Late()
     raise KeyboardInterrupt
 
-run_script(main)"""
+run_script(lambda nothing: main(), None)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, encoding="utf-8",
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     # Python 3.12 and later throw it away when signals are the system's again: killed by SIGINT, which a shell calls 130
@@ -100,7 +100,8 @@ run_script(main)"""
                                                    ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
 def test_waiting_threads_are_told_to_give_way_unless_the_user_says_otherwise(given, spin_count):
     plain = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    code = "import os; from config.cli import check_first; check_first(list); print(os.environ.get('GOMP_SPINCOUNT'))"
+    code = ("import os; from config.command_line import parse_before_imports; parse_before_imports(list); "
+            "print(os.environ.get('GOMP_SPINCOUNT'))")
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env={**plain, **given}, capture_output=True,
                           encoding="utf-8", check=True)
     assert done.stdout == spin_count + "\n"

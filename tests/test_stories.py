@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from config.cli import REPO, UserError
+from config import UserError
+from config.command_line import REPO
 from config.schema import DataConfig
 from data import readers, stories
 from data.stories import open_stories
@@ -278,9 +279,9 @@ def test_nothing_left_is_told_with_the_reasons(tmp_path):
 
 def test_a_data_set_that_cannot_be_loaded_is_told(tmp_path):
     """In another process, since `datasets` reads these variables once; it must not reach for the network."""
-    code = ("from config.cli import run_script; from config.schema import DataConfig;"
+    code = ("from config.command_line import run_script; from config.schema import DataConfig;"
             "from data.stories import open_stories;"
-            "run_script(lambda: open_stories(DataConfig(dataset='nobody/nothing'), 'train'))")
+            "run_script(lambda name: open_stories(DataConfig(dataset=name), 'train'), 'nobody/nothing')")
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_DATASETS_CACHE": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=env, capture_output=True, text=True,
                           encoding="utf-8")
@@ -432,15 +433,15 @@ def test_sample_splits_share_no_story():
 def test_sample_validation_leaves_out_what_train_has(tmp_path, monkeypatch):
     source = tmp_path / "maker.py"
     source.write_text("made", encoding="utf-8")
-    maker = SimpleNamespace(__file__=str(source), sample_stories=lambda seed, start=0: (
+    maker = SimpleNamespace(__file__=str(source), TEXTS=source, synthetic_stories=lambda seed, start=0: (
         f"Story {i % 5 if i % 2 else i} ends." for i in range(start, start + 10**6)))
-    monkeypatch.setitem(sys.modules, "data.sample", maker)
-    monkeypatch.setattr(sys.modules["data"], "sample", maker, raising=False)
+    monkeypatch.setitem(sys.modules, "data.synthetic_stories", maker)
+    monkeypatch.setattr(sys.modules["data"], "synthetic_stories", maker, raising=False)
     kept, held = (list(opened("sample", split, max_stories=20)) for split in ("train", "validation"))
     assert len(held) == 200 and not set(kept) & set(held)
     before = opened("sample").identity
     source.write_text("edited", encoding="utf-8")
-    assert opened("sample").identity != before, "an edited maker makes other stories"
+    assert opened("sample").identity != before, "an edited generator makes other stories"
 
 
 # ---- identity

@@ -9,9 +9,18 @@ from conftest import REPO
 from tokenizers import Tokenizer, models
 
 from config import UserError
-from data.tokens import END_OF_STORY, SPECIAL_TOKENS, load_tokenizer, tokenizer_from_json
+from data.tokenizer import (
+    END_OF_STORY,
+    SPECIAL_TOKENS,
+    ensure_tokenizer,
+    load_tokenizer,
+    make_tokenizer,
+    save_tokenizer,
+    tokenizer_from_json,
+    tokenizer_report,
+    train_tokenizer,
+)
 from model import SEPARATOR
-from train_custom_tokenizer import ensure_tokenizer, make_tokenizer, save_tokenizer, tokenizer_report, train_tokenizer
 
 STRANGE = ["", " ", "\n\n  \t", "a\r\nb", "Zoë’s naïve café — “Ñandú”", "🦊🏳️‍🌈", "שלום עולם", "\x00\x01\x7f", "<unk>",
            "\ufeffx", "She said <|endoftext|> aloud.", "<|padding|>", "the" * 500, "".join(map(chr, range(1, 0x250)))]
@@ -68,8 +77,8 @@ def test_training_is_reproducible(stories):
 def test_the_report_says_what_the_corpus_could_not_fill(stories):
     small = train_tokenizer(stories[:3], 5000, show_progress=False)
     lines = "\n".join(tokenizer_report(small, 5000, stories[100:150]))
-    assert f"{small.get_vocab_size():,} tokens of the 5,000 asked for" in lines
-    assert "50 of 50 held-out stories come back" in lines
+    assert f"{small.get_vocab_size():,} tokens of 5,000:" in lines
+    assert "50 of 50 held-out stories are decoded" in lines
     full = train_tokenizer(stories, 500, show_progress=False)
     assert "asked for" not in "\n".join(tokenizer_report(full, 500, stories))
 
@@ -109,7 +118,7 @@ def test_train_py_trains_it_once_and_then_reuses_it(tiny_config, capsys):
 
 def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(tiny_config, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder", encoding="utf-8")
-    monkeypatch.setattr("train_custom_tokenizer.train_tokenizer", lambda *args: pytest.fail("the work began"))
+    monkeypatch.setattr("data.tokenizer.train_tokenizer", lambda *args: pytest.fail("the work began"))
     with pytest.raises(UserError, match=r"tok: cannot be written to .*--output_dir"):
         make_tokenizer(tiny_config(), tmp_path / "file" / "tok")
 
@@ -124,7 +133,7 @@ def test_a_separator_that_the_model_would_not_find_is_told(tiny_config, tmp_path
                                   key=lambda of: of["id"])
     (tmp_path / "tokenizer" / "tiny" / "tokenizer.json").write_text(json.dumps(made), encoding="utf-8")
     assert ensure_tokenizer(tiny_config()).token_to_id(END_OF_STORY) == 1
-    with pytest.raises(UserError, match=r"is its token 1, and model\.mask_stories needs it at 0: .*false"):
+    with pytest.raises(UserError, match=r"is its token 1, but model\.mask_stories needs token 0: .*false"):
         ensure_tokenizer(tiny_config("model.mask_stories=true"))
 
 
@@ -135,7 +144,7 @@ def test_the_script_as_the_user_calls_it(tmp_path):
         cwd=tmp_path, capture_output=True, encoding="utf-8", errors="replace")
     assert done.returncode == 0, done.stderr
     assert load_tokenizer(tmp_path / "my tokenizer").get_vocab_size() == 400
-    assert "vocabulary: 400 tokens" in done.stdout and "come back byte for byte" in done.stdout
+    assert "vocabulary: 400 tokens" in done.stdout and "are decoded byte for byte" in done.stdout
     again = subprocess.run([sys.executable, str(REPO / "train_custom_tokenizer.py"), "--output_dir", "my tokenizer"],
                            cwd=tmp_path, capture_output=True, encoding="utf-8")
     assert again.returncode == 2 and "holds a tokenizer already" in again.stderr and again.stderr.count("\n") == 1

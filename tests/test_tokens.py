@@ -12,21 +12,10 @@ import pytest
 import torch
 
 from config import UserError
+from data.batches import IGNORED, count_sequences, read_batch, training_sequences, validation_sequences
 from data.stories import open_stories
-from data.tokens import (
-    IGNORED,
-    article_mask,
-    build_token_file,
-    count_windows,
-    make_fingerprint,
-    open_token_file,
-    prepare_tokens,
-    read_batch,
-    token_byte_lengths,
-    training_windows,
-    validation_windows,
-)
-from train_custom_tokenizer import train_tokenizer
+from data.token_files import build_token_file, make_fingerprint, open_token_file, prepare_tokens
+from data.tokenizer import article_mask, token_byte_lengths, train_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -77,7 +66,7 @@ def test_article_tokens_are_whole_words(tokenizer):
 def test_a_second_opening_reuses_the_file(corpus, tokenizer, capsys):
     first = prepare_tokens(corpus(), tokenizer, "train")
     stamp = first.path.stat().st_mtime_ns
-    assert "not there yet" in capsys.readouterr().out
+    assert "missing" in capsys.readouterr().out
     second = prepare_tokens(corpus(), tokenizer, "train")
     assert second.path.stat().st_mtime_ns == stamp and "reused" in capsys.readouterr().out
     assert second.counts == first.counts
@@ -221,7 +210,7 @@ def test_the_header_is_readable_json(corpus, tokenizer):
 
 @pytest.mark.parametrize(("tokens", "seq_len", "windows"), [(1, 4, 0), (4, 4, 0), (5, 4, 1), (8, 4, 1), (9, 4, 2)])
 def test_a_window_needs_one_token_more_than_its_length(tokens, seq_len, windows):
-    assert count_windows(tokens, seq_len) == windows
+    assert count_sequences(tokens, seq_len) == windows
 
 
 def test_targets_are_the_next_tokens():
@@ -233,21 +222,21 @@ def test_targets_are_the_next_tokens():
 
 
 def test_an_epoch_is_every_window_once_in_an_order_of_seed_and_epoch_alone():
-    first, second = training_windows(0, 50, 50, seed=1), training_windows(50, 50, 50, seed=1)
+    first, second = training_sequences(0, 50, 50, seed=1), training_sequences(50, 50, 50, seed=1)
     assert sorted(first) == sorted(second) == list(range(50))
     assert first.tolist() != second.tolist() != list(range(50))
-    assert training_windows(0, 50, 50, seed=2).tolist() != first.tolist()
-    pieces = [training_windows(p, 7, 50, seed=1) for p in range(0, 105, 7)]  # batches that cross the epochs' ends
+    assert training_sequences(0, 50, 50, seed=2).tolist() != first.tolist()
+    pieces = [training_sequences(p, 7, 50, seed=1) for p in range(0, 105, 7)]  # batches that cross the epochs' ends
     assert np.concatenate(pieces)[:100].tolist() == [*first, *second]
 
 
 def test_the_order_is_the_documented_one():
-    assert training_windows(3, 2, 10, seed=5).tolist() == np.random.default_rng([5, 0]).permutation(10)[3:5].tolist()
+    assert training_sequences(3, 2, 10, seed=5).tolist() == np.random.default_rng([5, 0]).permutation(10)[3:5].tolist()
 
 
 def test_validation_predicts_every_token_but_the_first_once():
     tokens = np.arange(100, 123, dtype=np.uint16)  # 23 tokens: 5 windows of 4 and one of 2
-    windows = validation_windows(len(tokens), 4)
+    windows = validation_sequences(len(tokens), 4)
     together = read_batch(tokens, windows, 4, CPU)
     one_by_one = [read_batch(tokens, windows[i:i + 1], 4, CPU) for i in range(6)]
     for one, many in zip(zip(*one_by_one, strict=True), together, strict=True):
@@ -260,15 +249,15 @@ def test_validation_predicts_every_token_but_the_first_once():
 
 
 def test_a_limited_validation_is_spread_evenly_and_fixed():
-    assert validation_windows(1001, 10, limit=5).tolist() == [0, 24, 49, 74, 99]
-    assert validation_windows(1001, 10, limit=500).tolist() == list(range(100))
+    assert validation_sequences(1001, 10, limit=5).tolist() == [0, 24, 49, 74, 99]
+    assert validation_sequences(1001, 10, limit=500).tolist() == list(range(100))
 
 
 def test_ids_past_65535_get_four_bytes(stories):
     class Large:
         def get_vocab_size(self):
             return 70_000
-    from data.tokens import _dtype
+    from data.token_files import _dtype
     assert _dtype(Large()) == np.uint32
 
 

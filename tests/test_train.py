@@ -16,18 +16,22 @@ import torch
 from conftest import REPO
 
 from config import UserError
-from config.hardware import choose_compile, choose_precision
-from config.schedule import learning_rate, schedule_notes
 from config.schema import ModelConfig, SamplingConfig, SchedulerConfig
-from data.checkpoints import LATEST, load_checkpoint
-from data.tokens import TokenFile, count_windows, load_tokenizer, prepare_tokens, read_batch, training_windows
-from evaluate import evaluate
-from generate import generate_tokens
-from model import Transformer, find_non_finite
-from train import Run, accumulate_gradients, make_optimizer, start_run, train_step
+from data.batches import count_sequences, read_batch, training_sequences
+from data.token_files import TokenFile, prepare_tokens
+from data.tokenizer import load_tokenizer
+from device import choose_compile, choose_precision
+from evaluation.validation import evaluate
+from inference.engine import generate_tokens
+from model import Transformer
+from train import Run, accumulate_gradients, start_run, train_step
+from training.checkpoints import LATEST, load_checkpoint
+from training.non_finite import find_non_finite
+from training.optimizer import make_optimizer
+from training.schedule import learning_rate, schedule_notes
 
 CPU = torch.device("cpu")
-FLOAT32 = choose_precision(CPU, wanted=False)[0]
+FLOAT32 = choose_precision(CPU, use_bf16=False)[0]
 
 
 def token_file(tokens):
@@ -77,7 +81,7 @@ def test_a_batch_holds_every_pair_of_neighbours_once():
     tokens = np.random.default_rng(0).integers(0, 300, 1001).astype(np.uint16)
     pairs = []
     for position in range(0, 100, 10):
-        inputs, targets = read_batch(tokens, training_windows(position, 10, 100, seed=3), 10, CPU)
+        inputs, targets = read_batch(tokens, training_sequences(position, 10, 100, seed=3), 10, CPU)
         pairs += list(zip(inputs.flatten().tolist(), targets.flatten().tolist(), strict=True))
     assert sorted(pairs) == sorted(zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True))
 
@@ -157,7 +161,7 @@ def test_the_steps_are_torchs_own_with_clipping(tiny_config, optimizer):
         theirs.append(torch.optim.Muon(hidden, momentum=0.8, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"))
     for step in range(2):
         train_step(run, models[0], total_steps=50)
-        inputs, targets = read_batch(tokens, training_windows(8 * step, 8, 46, config.training.seed), 64, CPU)
+        inputs, targets = read_batch(tokens, training_sequences(8 * step, 8, 46, config.training.seed), 64, CPU)
         models[1](inputs, targets).backward()
         assert torch.nn.utils.clip_grad_norm_(models[1].parameters(), 0.1) > 0.1
         for own, peak in zip(theirs, (3e-3, 1e-3), strict=False):
@@ -200,7 +204,7 @@ def test_freed_memory_is_not_given_back_only_to_be_zeroed_anew():
     in which their places settle."""
     code = """
 import resource, torch
-from config.hardware import keep_freed_memory
+from device import keep_freed_memory
 keep_freed_memory()
 faults = []
 for _ in range(41):
@@ -215,7 +219,8 @@ print(faults[40] - faults[20])"""
 # Evaluation
 
 def test_evaluation_is_the_exact_mean_over_the_whole_split(tiny_config, tokenizer, stories):
-    from data.tokens import article_mask, prepare_tokens
+    from data.token_files import prepare_tokens
+    from data.tokenizer import article_mask
     config = tiny_config("model.vocab_size=1500", "model.dropout=0.1")
     validation = prepare_tokens(config.data, tokenizer, "validation", show_progress=False)
     torch.manual_seed(1)
@@ -271,23 +276,23 @@ def test_from_stories_to_a_story(tiny_config, tmp_path, capsys):
     assert start_run(config, None, None) == 0  # again: reuses the files, and keeps the earlier run
     out = capsys.readouterr().out
     assert "größe/tiny: reused" in out.replace("\\", "/") and "train.tiny.bin: reused" in out
-    assert "held an earlier run" in out and (folder / "previous" / "best_model.pth").exists()
+    assert "the earlier run in" in out and (folder / "previous" / "1" / "best_model.pth").exists()
     assert [entry["loss"] for entry in metrics(folder, "step")] == [entry["loss"] for entry in steps]
 
 
 @pytest.mark.parametrize(("settings", "told"), [
     (["optimizer.learning_rate=7e-3"], "adamw, learning rate 0.007"),
     (["optimizer.type=muon", "optimizer.learning_rate=7e-3"], "muon, learning rate 0.007"),
-    (["optimizer.type=muon", "optimizer.muon_learning_rate=0.02"], "muon, learning rate 0.02 (0.003 for what adamw")])
+    (["optimizer.type=muon", "optimizer.muon_learning_rate=0.02"], "muon, learning rate 0.02 (0.003 for adamw's")])
 def test_a_run_of_one_step_says_so_and_what_takes_it(tiny_config, capsys, settings, told):
     config = tiny_config("training.max_steps=1", "training.batch_size=1", *settings)
     assert start_run(config, None, None) == 0
     out = capsys.readouterr().out
     plan = [line for line in out.splitlines() if line.startswith("plan: ")]
-    assert "(1 window of 64 x 2)" in plan[1] and "1 step in all" in plan[1] and plan[1].count(told) == 1
-    assert "done: 1 step in" in out and "this run has 1 step:" in out  # of which the warm-up would take 5
-    assert not re.search(r"\b1 (?:steps|windows|stories|evaluations)\b", out)
-    with pytest.raises(UserError, match="has done its 1 step already"):
+    assert "(1 sequence of 64 x 2)" in plan[1] and "1 step in all" in plan[1] and plan[1].count(told) == 1
+    assert "Finished at step 1 (1 step in" in out and "this run has 1 step:" in out  # of which the warm-up would take 5
+    assert not re.search(r"\b1 (?:steps|sequences|stories|evaluations)\b", out)
+    with pytest.raises(UserError, match="has already finished its 1 step"):
         start_run(config, None, Path(config.training.output_dir) / LATEST)
 
 
@@ -310,7 +315,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny_config, tmp_pa
         assert torch.equal(tensor, expected[name]), name
     steps = [entry["step"] for entry in metrics(tmp_path / "half", "step")]
     assert steps == sorted(set(steps)) and steps[-1] == 12
-    with pytest.raises(UserError, match="has done its 12 steps already"):
+    with pytest.raises(UserError, match="has already finished its 12 steps"):
         start_run(rest, None, tmp_path / "half" / "checkpoint_latest.pth")
 
 
@@ -361,7 +366,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(ti
     with pytest.raises(UserError) as caught:
         start_run(tiny_config("training.output_dir=run"), None, None)
     assert "step 7: loss 6." in str(caught.value) and "gradient norm nan" in str(caught.value)
-    assert "went well when it was repeated" in str(caught.value) and "\n" not in str(caught.value)
+    assert "was finite when it was repeated" in str(caught.value) and "\n" not in str(caught.value)
     checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint_latest.pth")
     assert checkpoint["iter_num"] == 5 and all(t.isfinite().all() for t in checkpoint["model"].values())
     assert not (tmp_path / "run" / "best_model.pth").exists()
@@ -369,10 +374,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(ti
 
 def test_a_run_that_breaks_while_it_saves_says_that_it_saved(tiny_config, tmp_path, monkeypatch):
     """The first checkpoint is only written when someone waits for it."""
-    from data import run_folder
-    write, saved, awaited = run_folder.save_checkpoint, run_folder.RunFolder.saved, threading.Event()
+    from training import run_folder
+    write, saved, awaited = run_folder.save_checkpoint, run_folder.RunFolder.wait_for_save, threading.Event()
     monkeypatch.setattr(run_folder, "save_checkpoint", lambda *args: awaited.wait(20) and write(*args))
-    monkeypatch.setattr(run_folder.RunFolder, "saved", lambda own: (own.saving and awaited.set()) or saved(own))
+    monkeypatch.setattr(run_folder.RunFolder, "wait_for_save", lambda own: (own.saving and awaited.set()) or saved(own))
     poison(monkeypatch, 7, lambda gradient: gradient * math.nan)
     with pytest.raises(UserError, match=r"checkpoint_latest\.pth is from an earlier step"):
         start_run(tiny_config("training.output_dir=run"), None, None)
@@ -401,14 +406,14 @@ def test_the_layer_that_went_wrong_first_is_named_and_its_story_printed(tiny_con
     with pytest.raises(UserError) as caught:
         start_run(config, None, None)
     line, out = str(caught.value), capsys.readouterr().out
-    assert "step 2: loss nan" in line and "first wrong was the output of layers.0.attention.w" in line
+    assert "step 2: loss nan" in line and "first to go wrong was the output of layers.0.attention.w" in line
     assert "nothing was saved" in line and "optimizer.learning_rate" in line and "\n" not in line
-    window = int(out.partition("\nwindow ")[2].partition(" ")[0])
+    sequence = int(out.partition("\nsequence ")[2].partition(" ")[0])
     told = out.partition("the worst of its batch:\n  | ")[2].replace("\n  | ", "\n").strip("\n")
     tokenizer = load_tokenizer("tokenizer/tiny")
     tokens = prepare_tokens(config.data, tokenizer, "train", show_progress=False).tokens
-    text = tokenizer.decode(tokens[64 * window:64 * window + 64].tolist(), skip_special_tokens=False)
-    assert told == text.strip("\n") and window in training_windows(8, 8, count_windows(len(tokens), 64), 42)
+    text = tokenizer.decode(tokens[64 * sequence:64 * sequence + 64].tolist(), skip_special_tokens=False)
+    assert told == text.strip("\n") and sequence in training_sequences(8, 8, count_sequences(len(tokens), 64), 42)
 
 
 @pytest.mark.parametrize(("where", "expected"), [("layers.1.feed_forward.w2", "output"), ("layers.1", "gradient")])
@@ -448,7 +453,7 @@ def test_a_spike_of_the_gradient_norm_is_reported(tiny_config, tmp_path, monkeyp
 
 def test_a_best_that_could_not_be_saved_is_not_taken_for_saved(tiny_config, tmp_path, monkeypatch):
     """best_model.pth and the loss that is noted for it belong together: the next evaluation tries again."""
-    from data import run_folder
+    from training import run_folder
     original, refused = run_folder.save_checkpoint, []
 
     def refuse_first_best(path, checkpoint):
@@ -467,7 +472,7 @@ def test_a_best_that_could_not_be_saved_is_not_taken_for_saved(tiny_config, tmp_
 def test_training_does_not_wait_for_a_checkpoint(tiny_config, tmp_path, monkeypatch):
     """The file of step 5 is only written once step 7 is done, and holds the weights of step 5."""
     import train
-    from data import run_folder
+    from training import run_folder
     write, step, done, written, weights = run_folder.save_checkpoint, train.train_step, threading.Event(), [], {}
 
     def write_later(path, checkpoint):
@@ -496,6 +501,6 @@ def test_early_stopping_ends_the_run(tiny_config, tmp_path, capsys):
     assert start_run(config, None, None) == 0
     latest = tmp_path / "run" / "checkpoint_latest.pth"
     steps = load_checkpoint(latest)["iter_num"]
-    assert steps < 60 and "stopped early: 2 evaluations" in capsys.readouterr().out
+    assert steps < 60 and "Stopped early: 2 evaluations" in capsys.readouterr().out
     assert start_run(config, None, latest, resume=True) == 0  # over is over
     assert load_checkpoint(latest)["iter_num"] == steps and len(metrics(tmp_path / "run", "final")) == 1

@@ -26,18 +26,19 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPO))
 
-import torch  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
-from transformers.utils import logging  # noqa: E402
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
-from config import load_config  # noqa: E402
-from config.hardware import choose_compute, choose_device  # noqa: E402
-from config.schema import Config, ModelConfig, SamplingConfig  # noqa: E402
-from data.checkpoints import save_checkpoint  # noqa: E402
-from data.sample import sample_stories  # noqa: E402
-from generate import generate_tokens, pack  # noqa: E402
-from model import Transformer  # noqa: E402
-from train_custom_tokenizer import train_tokenizer  # noqa: E402
+from config import Config, load_config
+from config.schema import ModelConfig, SamplingConfig
+from data.synthetic_stories import synthetic_stories
+from data.tokenizer import train_tokenizer
+from device import choose_device
+from inference.engine import generate_tokens
+from inference.packed_weights import choose_compute, pack
+from model import Transformer
+from training.checkpoints import save_checkpoint
 
 CONFIGS = ["stories260K", "stories15M", "train_config_tinystories_33M_TOP10K"]
 ENTROPY = 2.2  # nats per token of the random models
@@ -137,7 +138,7 @@ def measure_speed(name: str, config: ModelConfig, batches: list[int], num_tokens
 def measure_cold(name: str, config: ModelConfig, repeats: int, num_tokens: int, device: str) -> None:
     """Seconds from the start of a process to its end, one story told; a checkpoint on disk, the disk's cache warm."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = train_tokenizer([story for story, _ in zip(sample_stories(seed=0), range(3000), strict=False)],
+        tokenizer = train_tokenizer([story for story, _ in zip(synthetic_stories(seed=0), range(3000), strict=False)],
                                     min(config.vocab_size, 2048), show_progress=False)
         whole = dataclasses.replace(Config(), model=config)
         save_checkpoint(Path(folder) / "ours.pth", {

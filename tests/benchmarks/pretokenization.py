@@ -24,17 +24,21 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPO))
 
-from config.schema import DataConfig  # noqa: E402
-from data.sample import sample_stories  # noqa: E402
-from data.stories import open_stories  # noqa: E402
-from data.tokens import build_token_file, load_tokenizer, prepare_tokens  # noqa: E402
-from train_custom_tokenizer import save_tokenizer, train_tokenizer  # noqa: E402
+from config.schema import DataConfig
+from data.stories import open_stories
+from data.synthetic_stories import synthetic_stories
+from data.token_files import build_token_file, prepare_tokens
+from data.tokenizer import (
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
 
 BLOCK = 10_000_000  # bytes of different stories; a larger corpus is this block again and again
 
 
 def write_corpus(path: Path, megabytes: int) -> None:
-    stories, block = sample_stories(seed=1), []
+    stories, block = synthetic_stories(seed=1), []
     while sum(map(len, block)) < BLOCK:
         block += [story + "\n<|endoftext|>\n" for story in itertools.islice(stories, 2000)]
     text = "".join(block).encode("utf-8")
@@ -108,7 +112,7 @@ def measure_memory(sizes: list[int], repeats: int, folder: str) -> None:
     print("| text, MB | peak memory, MiB | of that before the first story | ratio to the first | MB/s | ratio |")
     print("|---|---|---|---|---|---|")
     first = None
-    tokenizer = train_tokenizer(itertools.islice(sample_stories(seed=0), 5000), 2048, show_progress=False)
+    tokenizer = train_tokenizer(itertools.islice(synthetic_stories(seed=0), 5000), 2048, show_progress=False)
     save_tokenizer(tokenizer, folder)
     for megabytes in sizes:
         corpus = Path(folder) / f"{megabytes}.txt"

@@ -32,16 +32,16 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPO))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-import train  # noqa: E402
-from config import Config, load_config  # noqa: E402
-from config.hardware import choose_device, keep_freed_memory, peak_flops  # noqa: E402
-from data.tokens import TokenFile  # noqa: E402
-from model import Attention, FeedForward, Transformer, apply_rope, count_parameters, flops_per_token  # noqa: E402
+import train
+from config import Config, load_config
+from data.token_files import TokenFile
+from device import choose_device, keep_freed_memory, peak_flops
+from model import Attention, FeedForward, Transformer, apply_rope, count_parameters, flops_per_token
 
 CONFIGS = ["quickstart", "tinystories_cpu", "train_config_tinystories_33M_TOP10K"]
 WAYS = ["eager float32", "eager bf16", "compiled float32", "compiled bf16"]
@@ -119,7 +119,7 @@ def make_step(config: Config, way: str, device: torch.device) -> tuple[Callable[
 
     def step() -> None:
         train.train_step(run, forward, total_steps=10**9)
-        run.unread.clear()
+        run.pending.clear()
     return step, model
 
 
@@ -188,7 +188,7 @@ def measure_speed(name: str, config: Config, ways: list[str], args: argparse.Nam
     for _ in range(args.repeats):
         for way, step in steps.items():
             times[way].append(seconds_of(step, device, args.seconds))
-    rates = {way: config.step_windows * config.model.max_seq_len / statistics.median(times[way]) for way in ways}
+    rates = {way: config.sequences_per_step * config.model.max_seq_len / statistics.median(times[way]) for way in ways}
     for way, rate in rates.items():
         first, memory = firsts.get(way, (float("nan"), float("nan")))
         ratios = [f"{rate / rates[other]:.2f}" if other in rates else "" for other in
@@ -208,7 +208,7 @@ def should_cost(config: Config, bf16: bool) -> dict[str, tuple[float, float]]:
     d, kv, f, layers, vocab = m.d_model, m.kv_heads * m.head_dim, m.d_ffn, m.n_layers, m.vocab_size
     products = [(d, d), (d, kv), (d, kv), (d, d), (d, f), (d, f), (f, d)] * layers + [(d, vocab)]
     weights, parameters = sum(a * b for a, b in products), count_parameters(Transformer(m))
-    micro, step = training.batch_size * m.max_seq_len, config.step_windows * m.max_seq_len  # tokens
+    micro, step = training.batch_size * m.max_seq_len, config.sequences_per_step * m.max_seq_len  # tokens
     residual = 2 * layers + 1  # norms; before each but the last one a branch was added
     return {
         # forward: input, output; backward: output's gradient twice, input again, input's gradient; and the weights
@@ -234,7 +234,7 @@ def profile(name: str, config: Config, way: str, args: argparse.Namespace, peak:
     seconds_of(step, device, 0)
     with torch.profiler.profile(acc_events=True) as profiler:
         seconds_of(step, device, 0)
-    tokens = config.step_windows * config.model.max_seq_len
+    tokens = config.sequences_per_step * config.model.max_seq_len
     found, names = dict.fromkeys([*GROUPS, OTHERS], 0.0), {}
     for event in profiler.key_averages():
         micros = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total

@@ -1,4 +1,4 @@
-"""The learning rate of each step, and what of a schedule does not fit the run."""
+"""The learning rate of each step, and notes where the schedule does not fit the run."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from config.values import counted
 
 
 def learning_rate(step: int, peak: float, total_steps: int, scheduler: SchedulerConfig) -> float:
-    """The rate of step 1 .. total_steps: linear warm-up to `peak`, then the schedule, min_lr from its last step on."""
+    """The rate of step 1 .. total_steps: linear warm-up to `peak`, then the schedule down to min_lr."""
     decay_steps = scheduler.lr_decay_iters or total_steps
     if step <= scheduler.warmup_steps:
         return peak * step / scheduler.warmup_steps
     if scheduler.type == "constant":
         return peak
     progress = min(1.0, (step - scheduler.warmup_steps) / max(1, decay_steps - scheduler.warmup_steps))
-    share = 0.5 * (1 + math.cos(math.pi * progress)) if scheduler.type == "cosine" else 1 - progress
-    return scheduler.min_lr + share * (peak - scheduler.min_lr)
+    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if scheduler.type == "cosine" else 1 - progress
+    return scheduler.min_lr + remaining * (peak - scheduler.min_lr)
 
 
 def schedule_notes(config: Config, total_steps: int, step: int = 0, rate: float = 0.0) -> list[str]:
-    """What of the schedule does not fit the real number of steps, said out loud.
+    """Notes on where the schedule does not fit the real number of steps.
 
-    step and rate: of the last step done, where a run goes on.
+    step and rate: of the last step done, if the run is resumed.
     """
     scheduler, peak, notes = config.scheduler, config.optimizer.learning_rate, []
     steps = counted(total_steps, "step")
@@ -37,5 +37,5 @@ def schedule_notes(config: Config, total_steps: int, step: int = 0, rate: float 
     now = learning_rate(step + 1, peak, total_steps, scheduler)
     if step > scheduler.warmup_steps and now > 1.1 * rate:
         notes.append(f"the schedule now spans {steps}, so the learning rate goes up from {rate:.1e} to {now:.1e}: "
-                     "the loss rises at first")
+                     "expect the loss to rise at first")
     return notes

@@ -1,4 +1,4 @@
-"""The optimizers of the `optimizer` section (imports torch)."""
+"""The optimizers of the config's `optimizer` section: fused AdamW, and Muon with AdamW."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from config.cli import UserError
-from config.schema import Config
+from config import Config, UserError
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     """Fused AdamW (torch has it for cuda, mps and cpu); with optimizer.type muon, Muon for the layers' matrices.
 
-    Weight decay acts on matrices only: a norm's gain has none. Raises UserError if this torch has no Muon.
+    Weight decay acts on matrices only, not on the gains of the norms. Raises UserError if this torch has no Muon.
     """
     opt = config.optimizer
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
@@ -26,25 +25,25 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     groups = [{"params": matrices, "weight_decay": opt.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     settings = {"lr": opt.learning_rate, "betas": (opt.adam_beta1, opt.adam_beta2), "eps": opt.adam_epsilon,
                 "fused": True}
-    share = (opt.muon_learning_rate or opt.learning_rate) / opt.learning_rate
-    return MuonWithAdamW(hidden, share, groups, **settings) if hidden else torch.optim.AdamW(groups, **settings)
+    ratio = (opt.muon_learning_rate or opt.learning_rate) / opt.learning_rate
+    return MuonWithAdamW(hidden, ratio, groups, **settings) if hidden else torch.optim.AdamW(groups, **settings)
 
 
 def describe_optimizer(config: Config) -> str:
-    """Its name and peak learning rate; with Muon two rates, where they differ."""
+    """The optimizer's name and peak learning rate; with Muon both rates, where they differ."""
     opt = config.optimizer
     if opt.type == "adamw" or opt.muon_learning_rate in (None, opt.learning_rate):
         return f"{opt.type}, learning rate {opt.learning_rate:g}"
-    return f"muon, learning rate {opt.muon_learning_rate:g} ({opt.learning_rate:g} for what adamw does)"
+    return f"muon, learning rate {opt.muon_learning_rate:g} ({opt.learning_rate:g} for adamw's parameters)"
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], source: Path) -> None:
-    """Give it what the checkpoint `source` holds of it, but keep the config's settings, which may be others now."""
+    """Restore the optimizer's state from the checkpoint `source`, but keep the settings of the present config."""
     settings = [{key: of[key] for key in ("betas", "eps", "weight_decay")} for of in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{source}: its optimizer is not this one ({error})") from None
+        raise UserError(f"{source}: its optimizer state does not fit this model ({error})") from None
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
 
@@ -52,28 +51,28 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], sour
 class MuonWithAdamW(torch.optim.AdamW):
     """Muon (Jordan et al., 2024) for the matrices `hidden`, AdamW for `groups`, as one optimizer.
 
-    Muon's step is the momentum made orthogonal, here of the size that AdamW's steps usually have (Liu et al., 2025,
-    section 2.2). Its learning rate is `share` times that of the first group, its momentum that group's first beta, its
-    weight decay the same.
+    Muon's step is the orthogonalized momentum, scaled to the usual size of AdamW's steps (Liu et al., 2025, section
+    2.2). Its learning rate is `ratio` times that of the first group; its momentum is that group's first beta, and its
+    weight decay that group's.
     """
 
-    def __init__(self, hidden: Sequence[Tensor], share: float, groups: list[dict[str, Any]], **settings: Any) -> None:
+    def __init__(self, hidden: Sequence[Tensor], ratio: float, groups: list[dict[str, Any]], **settings: Any) -> None:
         if not hasattr(torch.optim, "Muon"):
-            raise UserError(f"optimizer.type muon: torch {torch.__version__} has no Muon, 2.9 is the first that does: "
-                            "set it to adamw")
+            raise UserError(f"optimizer.type muon: torch {torch.__version__} has no Muon; 2.9 is the first that has: "
+                            "set the type to adamw")
         super().__init__(groups, **settings)
-        self.hidden, self.share, self.found_inf = hidden, share, None
+        self.hidden, self.ratio, self.found_inf = hidden, ratio, None
         self.muon = torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step of both; none at all where found_inf, float32, (), is not 0, without a wait for the device."""
+        """One step of both; no step if found_inf, float32, (), is not 0. Does not wait for the device."""
         first, own = self.param_groups[0], self.muon.param_groups[0]
-        own.update(lr=self.share * first["lr"], momentum=first["betas"][0], weight_decay=first["weight_decay"])
+        own.update(lr=self.ratio * first["lr"], momentum=first["betas"][0], weight_decay=first["weight_decay"])
         before = [matrix.clone() for matrix in self.hidden]
         super().step()
         self.muon.step()
-        if self.found_inf is not None:  # torch's Muon does not look at it
+        if self.found_inf is not None:  # torch's Muon ignores found_inf
             for matrix, old in zip(self.hidden, before, strict=True):
                 matrix.copy_(torch.where(self.found_inf > 0, old, matrix))
 

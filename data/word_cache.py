@@ -1,7 +1,7 @@
-"""Stories to token ids, many times as fast as by the tokenizer library alone.
+"""Stories to token ids, many times as fast as with the tokenizer library alone, by caching words.
 
-A byte-level BPE (Radford et al., 2019) first splits a text into words by a pattern, then merges within each word. The
-same few thousand words make up nearly all of TinyStories, so each is given to the library once and then looked up.
+A byte-level BPE (Radford et al., 2019) splits a text into words by a pattern, then merges bytes within each word. A few
+thousand words make up nearly all of TinyStories, so each word is encoded once and then looked up.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from tokenizers import Tokenizer
 
-# GPT-2's pattern for texts without UNKNOWN: Python's re knows letters, digits and white space as the library's regex
-# engine does in ASCII, and the punctuation marks of UNKNOWN are neither for both
+# GPT-2's pattern, for texts without UNKNOWN: in ASCII, Python's re has the same letters, digits and white space as the
+# library's regex engine, and for both the punctuation marks that UNKNOWN excepts are none of these
 WORD = re.compile(r" ?[A-Za-z]+|'(?:[sdmt]|ll|ve|re)| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
 UNKNOWN = re.compile("[^\x00-\x7f‘’“”–—…]")
-MAX_WORDS, MAX_LENGTH = 200_000, 100  # remembered: 30 MB of usual words, and no word of more characters
+MAX_WORDS, MAX_LENGTH = 200_000, 100  # of the cache (about 30 MB), and of a word that is cached
 
 
 class WordCache(dict):
-    """A word's ids, as the bytes of a token file, by the word; one that is not there yet is encoded."""
+    """A dict from a word to its ids, as the bytes of a token file. Missing words are encoded."""
 
     def __init__(self, encode: Callable[[str], bytes]) -> None:
         self.encode = encode
@@ -36,7 +36,7 @@ class WordCache(dict):
 
 
 def splits_like_gpt2(tokenizer: Tokenizer) -> bool:
-    """Does it encode a text word by word, by the pattern of WORD alone, and each word always alike?"""
+    """Whether the tokenizer splits texts by the pattern of WORD alone and always encodes a word the same way."""
     parts = json.loads(tokenizer.to_str())
     model, splitter = parts["model"], parts["pre_tokenizer"] or {}
     return (all(parts[name] is None for name in ("normalizer", "truncation", "padding"))
@@ -47,9 +47,9 @@ def splits_like_gpt2(tokenizer: Tokenizer) -> bool:
 
 
 def make_encoder(tokenizer: Tokenizer, dtype: np.dtype) -> Callable[[Sequence[str]], Iterator[bytes]]:
-    """A function: stories -> the ids of each, as bytes of `dtype`, exactly those that the library gives.
+    """A function from stories to the ids of each, as bytes of `dtype`, exactly those of the library.
 
-    What the cache does not know how to split goes to the library, which shares it out over all cores.
+    Stories that WORD cannot split go to the library, which uses all cores.
     """
     def pack(ids: list[int]) -> bytes:
         return np.array(ids, dtype=dtype).tobytes()
@@ -58,10 +58,10 @@ def make_encoder(tokenizer: Tokenizer, dtype: np.dtype) -> Callable[[Sequence[st
     by_words = splits_like_gpt2(tokenizer)
 
     def encode(stories: Sequence[str]) -> Iterator[bytes]:
-        known = [by_words and (story.isascii() or not UNKNOWN.search(story)) for story in stories]
-        others = [story for story, is_known in zip(stories, known, strict=True) if not is_known]
+        splittable = [by_words and (story.isascii() or not UNKNOWN.search(story)) for story in stories]
+        others = [story for story, by_cache in zip(stories, splittable, strict=True) if not by_cache]
         encoded = iter(tokenizer.encode_batch_fast(others, add_special_tokens=False))
-        for story, is_known in zip(stories, known, strict=True):
-            yield b"".join(map(cache.__getitem__, WORD.findall(story))) if is_known else pack(next(encoded).ids)
+        for story, by_cache in zip(stories, splittable, strict=True):
+            yield b"".join(map(cache.__getitem__, WORD.findall(story))) if by_cache else pack(next(encoded).ids)
 
     return encode

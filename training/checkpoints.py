@@ -1,5 +1,6 @@
-"""Checkpoint files: a dict of tensors and plain values, saved by torch, with a checksum of all of it that is verified
-on reading. model.py makes a model of one, train.py goes on from one, run_folder.py holds those of a run.
+"""Checkpoint files: a dict of tensors and plain values, saved by torch, with a checksum that is verified on reading.
+
+model_from_checkpoint() rebuilds the model. training/run_folder.py writes the checkpoints of a run.
 """
 
 from __future__ import annotations
@@ -16,28 +17,30 @@ import torch
 from torch import Tensor
 
 from config import Config, UserError, config_from_dict
-from config.files import replacing
+from data.atomic_files import atomic_write
+from model import Transformer
 
 FORMAT = 2
 KEYS = {"model": dict, "config": dict, "tokenizer": str, "iter_num": int, "epoch": float, "best_val_loss": float}
 LATEST, BEST = "checkpoint_latest.pth", "best_model.pth"
-OWN = "--checkpoint without --config and --set takes its own"
-OURS = re.compile(r"checkpoint_latest\.pth|best_model\.pth|checkpoint_epoch_\d+\.pth")
-# what a checkpoint holds of train.py's Run, beside its weights and its optimizer
-CARRIED = ("iter_num", "position", "best_val_loss", "evaluations_without_gain", "evaluated", "completed", "unlogged",
-           "norms")
+PREVIOUS = "previous"  # the folder in an output_dir that earlier runs move to
+CHECKPOINT_NAME = re.compile(r"checkpoint_latest\.pth|best_model\.pth|checkpoint_epoch_\d+\.pth")
+# the attributes of train.py's Run that a checkpoint holds beside the weights and the optimizer
+RUN_STATE = ("iter_num", "position", "best_val_loss", "evaluations_without_gain", "evaluated", "completed", "unlogged",
+             "norms")
+OWN_CONFIG = "use --checkpoint without --config and --set, which takes the checkpoint's own"
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write a dict of tensors and plain values. Whatever stops it, `path` holds the old file or the whole new one."""
-    whole = io.BytesIO()  # torch's writer does not bear a file that fails under it (a full disk, a signal)
-    torch.save({"format": FORMAT, "digest": content_digest(checkpoint), **checkpoint}, whole)
-    with replacing(path) as file:
-        file.write(whole.getbuffer())
+    """Write a dict of tensors and plain values. Whatever interrupts it, `path` holds the old file or the new one."""
+    buffer = io.BytesIO()  # torch.save crashes if writing its file fails (a full disk, a signal)
+    torch.save({"format": FORMAT, "digest": content_digest(checkpoint), **checkpoint}, buffer)
+    with atomic_write(path) as file:
+        file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint; nothing in the file is run. Raises UserError if it is missing, damaged or not one of ours."""
+    """Read a checkpoint without running code from it. Raises UserError if it is missing, damaged or of another kind."""
     path = Path(path).expanduser()
     if path.is_dir():
         raise UserError(f"{path}: a folder; name the checkpoint in it, such as {path / LATEST}")
@@ -48,7 +51,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         warnings.simplefilter("ignore")  # torch's guesses at what is wrong with the file
         try:
             checkpoint = torch.load(file, map_location=device, weights_only=True)
-        except Exception:  # on a bad file torch raises nearly everything, even OSError
+        except Exception:  # for a bad file torch raises nearly every type, even OSError
             raise UserError(damaged) from None
     found = checkpoint if isinstance(checkpoint, dict) else {}
     missing = [key for key, kind in KEYS.items() if not isinstance(found.get(key), kind)]
@@ -58,7 +61,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         raise UserError(f"{path}: checkpoint format {found.get('format')}, but this program reads {FORMAT}: use the "
                         "version of this project that wrote it")
     content = {key: value for key, value in checkpoint.items() if key not in ("format", "digest")}
-    if checkpoint.get("digest") != content_digest(content):  # torch believes a zip file's damaged directory
+    if checkpoint.get("digest") != content_digest(content):  # torch does not notice a damaged directory of the zip file
         raise UserError(damaged)
     return checkpoint
 
@@ -83,47 +86,62 @@ def content_digest(content: Any) -> str:
 
 
 def newest_checkpoint(folder: Path = Path("checkpoints")) -> Path:
-    """The .pth file under folder that was written last; files of replaced runs (in previous/) do not count."""
-    files = [path for path in folder.rglob("*.pth") if path.parent.name != "previous"]
+    """The .pth file under `folder` that was written last, except in the folders of earlier runs (previous/)."""
+    files = [path for path in folder.rglob("*.pth") if PREVIOUS not in path.relative_to(folder).parts]
     if not files:
         raise UserError(f"{folder}: no checkpoint here; train one with python train.py, or name one with --checkpoint")
     return max(files, key=lambda path: path.stat().st_mtime_ns)
 
 
+def model_from_checkpoint(checkpoint: dict[str, Any], source: str | Path, device: torch.device | str) -> Transformer:
+    """Build the model of a checkpoint, with its weights, in eval mode. Raises UserError."""
+    model = Transformer(config_from_dict(checkpoint["config"], str(source)).model)
+    load_weights(model, checkpoint, source)
+    return model.to(device).eval()
+
+
+def load_weights(model: Transformer, checkpoint: dict[str, Any], source: str | Path) -> None:
+    """Copy a checkpoint's weights into a model of the same shape. Raises UserError if the shapes differ."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        why = str(error).splitlines()[:2][-1].strip()
+        raise UserError(f"{source}: its weights do not fit the model of the config: {why}") from None
+
+
 def check_model(checkpoint: dict[str, Any], source: Path, config: Config) -> None:
-    """Raise UserError if the config's model is another one than the checkpoint's."""
-    theirs = config_from_dict(checkpoint["config"], str(source)).to_dict()["model"]
+    """Raise UserError if the config's model differs from the checkpoint's."""
+    saved = config_from_dict(checkpoint["config"], str(source)).to_dict()["model"]
     for key, value in config.to_dict()["model"].items():
-        free = key in ("dropout", "use_flash_attention")  # no weight depends on these
-        if not free and theirs[key] != value:
-            raise UserError(f"{source}: model.{key} is {theirs[key]} there, but {value} in the config: {OWN}")
+        if key not in ("dropout", "use_flash_attention") and saved[key] != value:  # no weight depends on these two
+            raise UserError(f"{source}: model.{key} is {saved[key]} there, but {value} in the config: {OWN_CONFIG}")
 
 
 def check_resumable(checkpoint: dict[str, Any], source: Path, config: Config, train_digest: str | None = None,
                     ) -> list[str]:
-    """Raise UserError if a run with this config cannot go on from the checkpoint. Returns what changed, for a note.
+    """Raise UserError if a run with this config cannot resume from the checkpoint. Returns a note on changed settings.
 
-    train_digest: of the training tokens, once they are there.
+    train_digest: of the training tokens, once they are prepared.
     """
-    missing = [key for key in ("optimizer", "train_digest", "metrics_size", *CARRIED) if key not in checkpoint]
+    missing = [key for key in ("optimizer", "train_digest", "metrics_size", *RUN_STATE) if key not in checkpoint]
     if missing:
-        raise UserError(f"{source}: cannot be resumed from, it lacks {', '.join(missing)}: a version of this project "
-                        "before resuming was exact wrote it; it still works with generate.py")
+        raise UserError(f"{source}: cannot be resumed, since it lacks {', '.join(missing)}: an early version of this "
+                        "project wrote it; it still works with generate.py")
     if train_digest not in (None, checkpoint["train_digest"]):
-        raise UserError(f"{source}: was trained on other stories than the training tokens hold now: give it back its "
+        raise UserError(f"{source}: was trained on other stories than the training tokens hold now: restore its "
                         "data.dataset and its files, or train a new model on these")
     check_model(checkpoint, source, config)
     before, now, changed = config_from_dict(checkpoint["config"], str(source)).to_dict(), config.to_dict(), []
-    kind, other = before["optimizer"]["type"], now["optimizer"]["type"]
-    if kind != other:
-        raise UserError(f"{source}: optimizer.type is {kind} there, but {other} in the config: they gather different "
-                        f"things of the gradients; {OWN}")
+    old_type, new_type = before["optimizer"]["type"], now["optimizer"]["type"]
+    if old_type != new_type:
+        raise UserError(f"{source}: optimizer.type is {old_type} there, but {new_type} in the config, and their states "
+                        f"differ: {OWN_CONFIG}")
     for key in ("dataset", "max_stories"):
         was, new = before["data"][key], now["data"][key]
-        # two paths may hold the same stories: of those the tokens tell, once they are there
+        # two paths may hold the same stories; once the tokens are prepared, train_digest decides that
         if was != new and (key == "max_stories" or "sample" in (was, new)):
             raise UserError(f"{source}: data.{key} is {json.dumps(was)} there, but {json.dumps(new)} in the config: a "
-                            f"run goes on with the stories that it began with; {OWN}")
+                            f"run resumes with the stories that it started with: {OWN_CONFIG}")
     for section, values in now.items():
         changed += [f"{section}.{key} {before[section][key]} -> {value}" for key, value in values.items()
                     if before[section][key] != value and key not in ("show_progress", "output_dir")]

@@ -1,4 +1,4 @@
-"""training.logger: the lines of metrics.jsonl also to TensorBoard or Weights & Biases, where those are installed."""
+"""training.logger: writes the entries of metrics.jsonl also to TensorBoard or Weights & Biases, if installed."""
 
 from __future__ import annotations
 
@@ -9,41 +9,33 @@ from typing import Any
 
 from tqdm import tqdm
 
-Logger = Callable[[dict[str, Any]], None]  # is told an entry of metrics.jsonl
-SAME = "metrics.jsonl and report.html have the same"
+Logger = Callable[[dict[str, Any]], None]  # takes an entry of metrics.jsonl
 
 
 def open_logger(name: str | None, folder: Path) -> Logger | None:
-    """The logger of a run in `folder`, or None, with one line said, if it is not there. Its errors end no run either.
+    """The logger of a run in `folder`, or None, with a note, if it is missing. No error of a logger ends a run.
 
-    Each start of a run is one run there, at its own steps: tensorboard --logdir FOLDER/tensorboard shows them together.
+    Each start of a run is one run in the logger, at its own steps: tensorboard --logdir FOLDER/tensorboard shows all.
     """
-    if name is None:
-        return None
-    try:
-        write = {"tensorboard": _open_tensorboard, "wandb": _open_wandb}[name](folder)
-    except ImportError:
-        tqdm.write(f"note: training.logger is {name}, which is not installed (pip install {name}): {SAME}")
-        return None
-    except Exception as error:  # no account, no network, ...: as these packages please
-        tqdm.write(f"note: training.logger {name} did not start ({_first_line(error)}): {SAME}")
-        return None
-    broken = []
+    write: Logger | None = None
 
-    def tell(entry: dict[str, Any]) -> None:
-        if broken or "step" not in entry:
-            return
+    def guarded(problem: str, call: Callable, *args: Any) -> Any:
+        nonlocal write
         try:
-            write(entry)
-        except Exception as error:
-            broken.append(error)
-            tqdm.write(f"note: training.logger {name} stopped ({_first_line(error)}): {SAME}")
+            return call(*args)
+        except Exception as error:  # no account, no network, ...: these packages raise anything
+            reason = (f"is not installed: pip install {name}" if isinstance(error, ImportError) else
+                      f"{problem} ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]})")
+            tqdm.write(f"note: training.logger {name} {reason}; metrics.jsonl and report.html have the same")
+            write = None
 
-    return tell
+    def log(entry: dict[str, Any]) -> None:
+        if write is not None and "step" in entry:
+            guarded("stopped", write, entry)
 
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+    if name is not None:
+        write = guarded("did not start", {"tensorboard": _open_tensorboard, "wandb": _open_wandb}[name], folder)
+    return log if write is not None else None
 
 
 def _numbers(entry: dict[str, Any]) -> dict[str, float]:

@@ -1,8 +1,7 @@
-"""metrics.jsonl as a page to look at: report.html, one file that opens anywhere, and loss.png beside it.
+"""The report of a run: report.html, one file that opens anywhere, and loss.png, both drawn from metrics.jsonl.
 
-The page holds no script and loads nothing: matplotlib draws, its SVG stands in the page, and CSS gives it the colours
-of a light or a dark screen. All that it shows comes from metrics.jsonl, and from evaluate.py's evaluation.json if that
-is there.
+The page has no script and loads nothing: matplotlib draws the curves, the page contains their SVG, and CSS sets the
+colours for a light or a dark screen. If evaluate.py wrote an evaluation.json, the page shows its table too.
 """
 
 from __future__ import annotations
@@ -16,14 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from data.atomic_files import atomic_write
+from evaluation.text_metrics import ARTICLES
+from training.metrics import METRICS, read_metrics
+from training.run_folder import EVALUATION, PICTURE, REPORT
 
-from config.files import replacing
-from data.measures import ARTICLES
-
-REPORT, PICTURE, EVALUATION = "report.html", "loss.png", "evaluation.json"
-MOST_POINTS, MOST_SAMPLES = 2000, 60  # of a curve, and evaluations in the time line: more are thinned out evenly
-# what is drawn in these colours takes those of the screen by CSS; loss.png keeps them
+MAX_POINTS, MAX_SAMPLES = 2000, 60  # of a curve, and of evaluations in the time line; more are thinned out evenly
+# in report.html, CSS replaces these colours by those of the screen's theme; loss.png keeps them
 INK, GRID = "#202124", "#dadce0"
 COLOURS = {"train": "#9aa0a6", "validation": "#1a66c2", "articles": "#d9730d", "other-tokens": "#1e8e4e"}
 FIGURES = (("val_loss", "validation loss, nats per token"), ("perplexity", "perplexity"),
@@ -52,25 +50,23 @@ pre { background: var(--box); padding: .75rem; overflow-x: auto; font-size: .85r
 .story { background: var(--box); padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .9rem;
   max-height: 22rem; overflow-y: auto } mark { background: none; color: var(--articles); font-weight: 700 }
 """
-_told: set[str] = set()  # what was said once need not be said at every evaluation
 
 
-def update_report(folder: Path) -> None:
-    """Write report.html and loss.png of the run in `folder` anew. What goes wrong is one line: no run ends of it."""
+def update_report(folder: Path) -> str | None:
+    """Write report.html and loss.png of the run in `folder`. Returns a warning if that failed: no run ends of it."""
     try:
         write_report(folder)
     except Exception as error:
         problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if isinstance(error, ImportError):
             problem = f"{error}; pip install matplotlib"
-        if problem not in _told:
-            _told.add(problem)
-            tqdm.write(f"warning: {folder / REPORT}: not drawn ({problem}); metrics.jsonl has all of it")
+        return f"warning: {folder / REPORT}: not drawn ({problem}); {METRICS} has the same figures"
+    return None
 
 
 def write_report(folder: Path) -> None:
-    """Read metrics.jsonl and evaluation.json in `folder`, write report.html and loss.png. Without entries, nothing."""
-    entries = read_metrics(folder / "metrics.jsonl")
+    """Write report.html and loss.png from metrics.jsonl and evaluation.json. Without entries, write nothing."""
+    entries = read_metrics(folder / METRICS)
     steps, evaluations, spikes = (_of(entries, kind) for kind in ("step", "evaluation", "spike"))
     if not steps and not evaluations:
         return
@@ -89,24 +85,10 @@ def write_report(folder: Path) -> None:
             f"<style>{STYLE}</style></head><body>\n<h1>{html.escape(folder.name)}</h1>\n" + _top(folder, entries)
             + '\n<h2>Curves</h2>\n<div class="charts">' + "\n".join(figures) + "</div>\n" + _time_line(entries)
             + "\n</body></html>\n")
-    with replacing(folder / REPORT) as file:
+    with atomic_write(folder / REPORT) as file:
         file.write(page.encode("utf-8", errors="replace"))
-    with replacing(folder / PICTURE) as file:
+    with atomic_write(folder / PICTURE) as file:
         file.write(draw("loss", losses, True, "png"))
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics.jsonl; none if it is not there. A line that was cut off by a crash is left out."""
-    entries = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(entry, dict) and isinstance(entry.get("type"), str):
-                entries.append(entry)
-    return entries
 
 
 def _of(entries: Sequence[dict], kind: str) -> list[dict[str, Any]]:
@@ -114,21 +96,21 @@ def _of(entries: Sequence[dict], kind: str) -> list[dict[str, Any]]:
 
 
 def _curve(entries: Sequence[dict], key: str) -> list[tuple[int, float]]:
-    return [(entry["step"], entry[key]) for entry in _thin(entries, MOST_POINTS) if key in entry]
+    return [(entry["step"], entry[key]) for entry in _thin(entries, MAX_POINTS) if key in entry]
 
 
-def _thin(entries: Sequence, most: int) -> Sequence:
-    """At most so many of them, evenly, the last among them."""
-    stride = -(-len(entries) // most) or 1
+def _thin(entries: Sequence, count: int) -> Sequence:
+    """At most `count` of the entries, spread evenly, with the last one."""
+    stride = -(-len(entries) // count) or 1
     return entries[::-1][::stride][::-1]
 
 
 # Pictures
 
 def draw(name: str, curves: dict[str, list[tuple[int, float]]], log: bool, kind: str = "svg") -> Any:
-    """Curves of (step, value) as inline SVG, in which each is the group with the id `name`-`curve`, or as PNG bytes."""
+    """Curves of (step, value) as PNG bytes, or as inline SVG, in which each curve has the id `name`-`curve`."""
     from matplotlib import rc_context
-    from matplotlib.figure import Figure  # no pyplot: no global state, and no window is ever opened
+    from matplotlib.figure import Figure  # not pyplot: no global state, and no window is opened
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     settings = {"svg.fonttype": "none", "svg.hashsalt": name, "path.simplify": False, "font.size": 9,
@@ -136,7 +118,7 @@ def draw(name: str, curves: dict[str, list[tuple[int, float]]], log: bool, kind:
                 "ytick.color": INK, "axes.edgecolor": GRID, "axes.spines.top": False, "axes.spines.right": False,
                 "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6}
     with rc_context(settings), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a curve with nothing to draw yet is no news
+        warnings.simplefilter("ignore")  # about curves without points yet
         figure = Figure(figsize=(5.4, 3.1), layout="constrained")
         axes = figure.add_subplot()
         for curve, points in curves.items():
@@ -163,7 +145,7 @@ def draw(name: str, curves: dict[str, list[tuple[int, float]]], log: bool, kind:
 
 
 def _inline(svg: str, name: str) -> str:
-    """A file's SVG as a part of a page: ids that no other picture has, and colours that follow the page's."""
+    """An SVG file as a part of a page: with ids that no other picture has, and the colours of the page's theme."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg"):], flags=re.S)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
@@ -177,7 +159,7 @@ def _inline(svg: str, name: str) -> str:
 # Words and numbers
 
 def _top(folder: Path, entries: Sequence[dict]) -> str:
-    """The plan, the figures of the best, the last and the whole evaluation, evaluate.py's table, and the config."""
+    """The plan, the figures of the best, the last and the final evaluation, evaluate.py's table, and the config."""
     evaluations, plans = _of(entries, "evaluation"), _of(entries, "plan")
     last = entries[-1]
     parts = [f"<p>step {last.get('step', 0):,}, epoch {last.get('epoch', 0):.2f}</p>"] if "step" in last else []
@@ -194,7 +176,7 @@ def _top(folder: Path, entries: Sequence[dict]) -> str:
             *([title, *(f"{entry[key]:.4f}" for _, entry in rows)] for key, title in FIGURES)]))
     if (evaluation := _read_evaluation(folder / EVALUATION)) is not None:
         parts.append(f"<h2>Did it work?</h2><p>evaluate.py, step {evaluation['step']:,}: "
-                     f"{len(evaluation['stories'])} stories beside as many real ones</p>")
+                     f"{len(evaluation['stories'])} stories compared with as many real ones</p>")
         parts.append(_table("verdicts", ["", "model", "reference", "verdict"], [
             [row["title"], *("-" if row[side] is None else f"{row[side]:.1f}" for side in ("model", "reference")),
              row["verdict"]] for row in evaluation["table"]]))
@@ -207,7 +189,7 @@ def _top(folder: Path, entries: Sequence[dict]) -> str:
 
 
 def _read_evaluation(path: Path) -> dict[str, Any] | None:
-    """What evaluate.py --out wrote, if it is there and has the stories' table."""
+    """What evaluate.py --out wrote, if it has the table of stories."""
     if not path.is_file():
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -222,9 +204,9 @@ def _table(name: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
 
 def _time_line(entries: Sequence[dict]) -> str:
-    """The sample stories of each evaluation, the first one first, the articles marked."""
+    """The sample stories of each evaluation, in order, with the articles marked."""
     moments = [entry for entry in _of(entries, "evaluation") if entry.get("samples")]
-    shown = _thin(moments, MOST_SAMPLES)
+    shown = _thin(moments, MAX_SAMPLES)
     parts = ["<h2>Stories as grammar arrives</h2>",
              f'<p class="soft">Always from the same prompts and the same seed; <mark>articles</mark> are marked. '
              f"{len(shown)} of {len(moments)} evaluations are shown.</p>"]

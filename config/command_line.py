@@ -1,0 +1,90 @@
+"""What the command lines of all scripts share: --config and --set, number types, and how a script starts and ends."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from config.errors import UserError, one_line_errors
+
+REPO = Path(__file__).resolve().parent.parent
+QUICKSTART = REPO / "config" / "quickstart.yaml"
+MAIN_CONFIG = REPO / "config" / "train_config_tinystories_33M_TOP10K.yaml"
+Arguments = TypeVar("Arguments")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that raises UserError, so that its errors look like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, default: Path) -> None:
+    """Add --config and --set. `default` is only named in the help: the script itself falls back to it."""
+    parser.add_argument("--config", type=Path, metavar="FILE",
+                        help=f"YAML file (default: {os.path.relpath(default.resolve(), REPO)}); "
+                        "docs/TRAINING_GUIDE.md has a table of all keys")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE",
+                        help="override one value of the YAML; may be given many times")
+
+
+def positive(text: str, low: int = 1) -> int:
+    """The argparse type of a whole number that is at least `low`."""
+    if not text.isdecimal() or int(text) < low:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number, at least {low}")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    """The argparse type of a whole number that is at least 0."""
+    return positive(text, low=0)
+
+
+def parse_before_imports(parse_arguments: Callable[[], Arguments]) -> Arguments:
+    """Parse a script's command line and YAML before its slow imports (torch takes seconds), and set OpenMP up.
+
+    A mistake is reported at once, in one line. Until run_script() takes over, Ctrl-C and SIGTERM exit immediately:
+    there is nothing to clean up yet, and an import could turn the exception into a different one.
+    """
+    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) is default:  # under nohup it is another one
+            signal.signal(number, _exit_now)
+    _replace_unprintable()
+    with one_line_errors():
+        arguments = parse_arguments()
+    # waiting OpenMP threads should yield their core soon: with long spinning, one busy neighbour halves torch's speed
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    return arguments
+
+
+def run_script(main: Callable[[Arguments], int | None], arguments: Arguments) -> None:
+    """Call a script's main() and exit with its status (None is 0). Errors as in one_line_errors(); SIGTERM is 143."""
+    _replace_unprintable()
+    if signal.getsignal(signal.SIGINT) is _exit_now:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # an exception, so that cleanup runs
+    with one_line_errors():
+        status = main(arguments) or 0
+        sys.stdout.flush()  # so that a closed pipe is noticed here, where it is caught
+    sys.exit(status)
+
+
+def _exit_now(number: int, frame: Any) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, b"\nstopped\n")
+    os._exit(128 + number)
+
+
+def _replace_unprintable() -> None:
+    """Let a console in another code page replace characters that it lacks, such as a curly quote."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")

@@ -1,0 +1,160 @@
+"""Token files: all stories of a split as token ids, tokenized once and then memory-mapped.
+
+A token file is `<name>.bin`, the ids of all stories in a row, each after one `<|endoftext|>` and one more at the very
+end, as little-endian uint16 (uint32 for vocabularies past 65,536), beside `<name>.json` with its fingerprint, its
+counts and a checksum. The JSON is written last, so a half-written .bin is never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from config import UserError
+from config.schema import DataConfig
+from config.values import counted
+from data.atomic_files import atomic_write, file_lock, remove_partial_files
+from data.stories import Stories, open_stories
+from data.tokenizer import END_OF_STORY, article_mask
+from data.word_cache import make_encoder
+
+FORMAT = 2  # of the files
+COUNTS = ("stories", "tokens", "bytes", "article_tokens")
+CHUNK_BYTES = 2_000_000  # of text given to the tokenizer library at once, which divides it among all cores
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A tokenized split. tokens: memmap of shape (counts["tokens"],)."""
+
+    path: Path
+    tokens: np.ndarray
+    counts: dict[str, int]  # stories, tokens, bytes (of text), article_tokens
+    digest: str  # equal only if tokens and counts are equal
+
+
+def prepare_tokens(data: DataConfig, tokenizer: Tokenizer, split: str, show_progress: bool = True) -> TokenFile:
+    """Open the token file of a split (train or validation); build it first if it is missing, stale or damaged."""
+    stories = open_stories(data, split)
+    corpus = data.validation if split == "validation" and data.validation else data.dataset
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(Path(corpus).parts[-2:])).strip("-.")[-60:]
+    path = Path(data.cache_dir).expanduser() / f"{name}.{split}.{Path(data.tokenizer_path).name}.bin"
+    fingerprint = make_fingerprint(stories, tokenizer)
+    found, reason = open_token_file(path, fingerprint)
+    if found is None:
+        busy = f"tokens: {path.name}: another program is building it: waiting"
+        with file_lock(path.with_suffix(".lock"), busy, wait=True):
+            found, reason = open_token_file(path, fingerprint)  # the other program may have built it
+            if found is None:
+                print(f"tokens: {path.name}: {reason}, building it from {stories.name}")
+                build_token_file(stories, tokenizer, path, fingerprint, show_progress)
+                found, reason = open_token_file(path, fingerprint)
+        if found is None:
+            raise UserError(f"{path}: {reason} right after it was built: check this disk")
+    else:
+        print(f"tokens: {path.name}: reused")
+    print("tokens: " + describe_counts(found.counts))
+    return found
+
+
+def describe_counts(counts: dict[str, int]) -> str:
+    """One line: stories, tokens, bytes per token, and the percentage of articles among the tokens."""
+    stories, tokens = counted(counts["stories"], "story"), max(1, counts["tokens"])
+    return (f"{stories}, {counts['tokens']:,} tokens, {counts['bytes'] / tokens:.2f} bytes per token, "
+            f"articles {100 * counts['article_tokens'] / tokens:.1f}% of tokens (5-9% is healthy)")
+
+
+def make_fingerprint(stories: Stories, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a token file is made from. Files with equal fingerprints hold the same tokens."""
+    return {"format": FORMAT, "tokenizer": hashlib.sha256(tokenizer.to_str().encode("utf-8")).hexdigest(),
+            "source": stories.identity, "separator": END_OF_STORY, "dtype": _dtype(tokenizer).name}
+
+
+def open_token_file(path: Path, fingerprint: dict[str, Any]) -> tuple[TokenFile | None, str]:
+    """The token file if it is complete and has this fingerprint, else None and the reason."""
+    try:
+        header = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        counts = {key: int(header["counts"][key]) for key in COUNTS}
+        found, digest = header["fingerprint"], str(header["digest"])
+    except FileNotFoundError:
+        return None, "missing" if not path.exists() else "half-written"
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None, "its .json is damaged"
+    changed = [key for key in fingerprint if not isinstance(found, dict) or found.get(key) != fingerprint[key]]
+    if changed:
+        return None, f"stale ({' and '.join(changed)} changed)"
+    dtype = np.dtype(fingerprint["dtype"]).newbyteorder("<")
+    if not path.is_file() or path.stat().st_size != counts["tokens"] * dtype.itemsize or not counts["tokens"]:
+        return None, "damaged (its size is not what its .json says)"
+    tokens = np.memmap(path, dtype=dtype, mode="r")
+    if digest != make_digest(tokens, counts):  # 2 GB/s: half a second for all of TinyStories
+        return None, "damaged (its checksum is not what its .json says)"
+    return TokenFile(path, tokens, counts, digest), ""
+
+
+def make_digest(tokens: np.ndarray, counts: dict[str, int]) -> str:
+    """sha256 of a token file's bytes and its counts."""
+    digest = hashlib.sha256(json.dumps([counts[key] for key in COUNTS]).encode("utf-8"))
+    digest.update(tokens.view(np.uint8))
+    return digest.hexdigest()
+
+
+def build_token_file(stories: Stories, tokenizer: Tokenizer, path: Path, fingerprint: dict[str, Any],
+                     show_progress: bool = True) -> None:
+    """Encode all stories into `path`, in bounded memory. If it is interrupted, no usable file remains."""
+    header = path.with_suffix(".json")
+    for name in (path.name, header.name):
+        remove_partial_files(path.parent, name)
+    with atomic_write(path) as file:
+        counts = _encode_all(stories, tokenizer, file, show_progress)
+        file.flush()
+        digest = make_digest(np.memmap(file.name, dtype=np.uint8, mode="r"), counts)
+        header.unlink(missing_ok=True)  # so that there is never an old .json beside a new .bin
+    made = {"fingerprint": fingerprint, "counts": counts, "digest": digest}
+    with atomic_write(header) as file:
+        file.write(json.dumps(made, indent=1).encode("utf-8"))
+
+
+def _encode_all(stories: Stories, tokenizer: Tokenizer, file: BinaryIO, show_progress: bool) -> dict[str, int]:
+    articles, dtype = article_mask(tokenizer), _dtype(tokenizer).newbyteorder("<")
+    encode, separator = make_encoder(tokenizer, dtype), np.array(tokenizer.token_to_id(END_OF_STORY), dtype).tobytes()
+    counts = {"tokens": 0, "article_tokens": 0}
+
+    def write(ids: bytes) -> None:
+        array = np.frombuffer(ids, dtype)
+        counts["tokens"] += len(array)
+        counts["article_tokens"] += int(articles[array].sum())
+        file.write(ids)
+
+    with tqdm(total=stories.total_bytes, unit="B", unit_scale=True, desc="tokenize", leave=False,
+              disable=None if show_progress else True) as progress:
+        for chunk, num_bytes in _chunks(stories):
+            write(b"".join(separator + ids for ids in encode(chunk)))
+            progress.update(num_bytes)
+    write(separator)
+    return {**counts, **{key: int(count) for key, count in stories.counts.items()}}
+
+
+def _chunks(stories: Stories) -> Iterator[tuple[list[str], int]]:
+    """Lists of stories, each of about CHUNK_BYTES, with its size in UTF-8 bytes."""
+    chunk, start = [], 0
+    for story in stories:
+        chunk.append(story)
+        if stories.counts["bytes"] - start >= CHUNK_BYTES:
+            yield chunk, stories.counts["bytes"] - start
+            chunk, start = [], stories.counts["bytes"]
+    if chunk:
+        yield chunk, stories.counts["bytes"] - start
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 65_536 else np.uint32)

@@ -1,0 +1,140 @@
+"""What the machine at hand can do: device, precision, compilation, memory. All of it is detected or probed."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from config import UserError
+from config.values import counted, one_line
+
+# peak dense bf16 FLOP/s with float32 accumulation, from the vendors' data sheets, by a part of torch's device name
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12,
+              "RTX 3090": 71e12}
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory|STATUS_ALLOC_FAILED|bad_alloc|"
+                           "Storage size calculation overflowed")
+COMPILE_PAYS = 1e14  # FLOP; a shorter run on the CPU does not earn back the tens of seconds that compiling takes
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch.device of hardware.device; auto takes cuda, else mps, else cpu. Raises UserError if it is missing."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, found in available.items() if found)
+    if not available.get(name):
+        found = ", ".join(kind for kind, found in available.items() if found)
+        raise UserError(f"device {name}: not available to this torch ({torch.__version__}); found: {found}")
+    if name != "cuda" or "LOCAL_RANK" not in os.environ:
+        return torch.device(name)
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if processes > gpus:
+        raise UserError(f"torchrun: {processes} processes on this machine, but it has {counted(gpus, 'GPU')}, and each "
+                        f"process needs its own: --nproc_per_node={gpus}")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def choose_precision(device: torch.device, use_bf16: bool, same_everywhere: Callable[[float], float] = float,
+                     ) -> tuple[Callable[[], Any], str]:
+    """A function that makes the context to compute in, and its description. bf16 autocast keeps weights in float32.
+
+    same_everywhere: takes a measured value and returns the one that all processes of a run are to use.
+    """
+    if not use_bf16:
+        return contextlib.nullcontext, "float32"
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return contextlib.nullcontext, "float32 (this GPU has no bf16)"
+    if device.type == "mps":
+        return contextlib.nullcontext, "float32 (bf16 is untested on mps)"
+    if device.type == "cpu":
+        speedup = same_everywhere(bf16_speedup_on_cpu())
+        if speedup < 1.5:
+            return contextlib.nullcontext, f"float32 (this CPU multiplies bf16 at {speedup:.1f} times that speed)"
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16), "bf16 autocast"
+
+
+def bf16_speedup_on_cpu() -> float:
+    """How many times faster this CPU multiplies bf16 matrices than float32 ones; far from 1 on every known CPU."""
+    def seconds(dtype: torch.dtype) -> float:
+        a, times = torch.randn(512, 512).to(dtype), []
+        for _ in range(7):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+    return seconds(torch.float32) / seconds(torch.bfloat16)
+
+
+def choose_compile(model: nn.Module, probe: Callable[[Callable], object], device: torch.device,
+                   use_compile: bool | str, run_flops: float) -> tuple[Callable, str]:
+    """The model, compiled if that is wanted, pays and works; and a description. The weights stay shared.
+
+    probe: calls its argument on a batch of the real shape, forward and backward. run_flops: of the whole run.
+    """
+    if use_compile is False:
+        return model, "eager"
+    if use_compile == "auto" and device.type == "mps":
+        return model, "eager (torch.compile is untested on mps)"
+    if use_compile == "auto" and device.type == "cpu" and run_flops < COMPILE_PAYS:
+        return model, "eager (the run is too short for torch.compile to pay)"
+    compiled, start = torch.compile(model, dynamic=False), time.perf_counter()
+    try:  # the only way to know whether a working compiler is installed
+        probe(compiled)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {lines[0][:80]}"
+        if use_compile is True:
+            raise UserError(f"training.use_compile is true, but torch.compile fails here ({reason}): set it to auto "
+                            "or false") from None
+        return model, f"eager (torch.compile does not work here: {reason})"
+    finally:
+        model.zero_grad(set_to_none=True)
+    return compiled, f"compiled in {time.perf_counter() - start:.0f} s"
+
+
+@contextlib.contextmanager
+def explain_out_of_memory() -> Iterator[None]:
+    """Turn running out of the device's or the machine's memory into a UserError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not OUT_OF_MEMORY.search(str(error)):
+            raise
+        raise UserError(f"out of memory ({one_line(error)}): lower training.batch_size and raise training."
+                        "gradient_accumulation_steps by the same factor, or set training.use_gradient_checkpointing: "
+                        "true, or make the model smaller") from None
+
+
+def keep_freed_memory() -> None:
+    """Make glibc's allocator keep freed memory for the next step instead of returning it to the system.
+
+    Otherwise the system zeroes each large buffer of each step page by page, which takes a third of the time of eager
+    bf16 training on a CPU. Has no effect with other C libraries.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            mallopt(-4, 0)  # M_MMAP_MAX: never map a buffer by itself, since unmapping returns it to the system
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's peak dense bf16 FLOP/s, where known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, copied to CUDA without waiting. (On mps, such a copy may read memory freed by then.)"""
+    return tensor.to(device, non_blocking=device.type == "cuda")

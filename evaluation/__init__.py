@@ -1,0 +1,1 @@
+"""Evaluation: the validation pass, likelihood, text metrics, memorization, references, checklist, report."""

@@ -1,0 +1,116 @@
+"""The checklist of a trained checkpoint: what it says of its training and its predictions, each with a verdict."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from config import Config
+from data.batches import count_sequences
+from data.token_files import TokenFile
+from training.checkpoints import LATEST
+from training.schedule import learning_rate, schedule_notes
+
+GOOD_LOSS = 2.0  # nats per token; above it, a model on TinyStories still makes grammar mistakes
+
+
+class Check(NamedTuple):
+    """mark: ok, look (there may be a reason), or bad."""
+
+    mark: str
+    name: str
+    found: str
+    meaning: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.mark:>5}  {self.name}: {self.found}" + (f"\n       {self.meaning}" if self.meaning else "")
+
+
+def check_run(checkpoint: dict[str, Any], source: Path, config: Config, train_file: TokenFile) -> list[Check]:
+    """Checks of the training that led to the checkpoint in the file `source`: finished, vocabulary, rate, ..."""
+    step, training = checkpoint["iter_num"], config.training
+    sequences = count_sequences(len(train_file.tokens), config.model.max_seq_len)
+    remaining = training.num_epochs * sequences - checkpoint.get("position", 0)
+    planned = training.max_steps or step + max(0, math.ceil(remaining / config.sequences_per_step))
+    completed = checkpoint.get("completed") == step
+    return [_check_finished(checkpoint, source, completed, planned),
+            Check("ok" if step >= planned or completed else "look", "steps", f"{step:,} done of {planned:,} planned"
+                  + (" (stopped early, as the config allows)" if completed and step < planned else "")),
+            *_check_data(checkpoint, config, train_file), _check_learning_rate(checkpoint, config, planned)]
+
+
+def _check_finished(checkpoint: dict[str, Any], source: Path, completed: bool, planned: int) -> Check:
+    loss = checkpoint["best_val_loss"]
+    known = f"best validation loss {loss:.4f}" if loss < math.inf else "not evaluated before"
+    where = f"step {checkpoint['iter_num']:,}, epoch {checkpoint['epoch']:.2f}, {known}"
+    if completed:
+        return Check("ok", "checkpoint", f"{where}; its run is finished")
+    if checkpoint["iter_num"] >= planned:
+        return Check("ok", "checkpoint", f"{where}; at the last step of its run")
+    return Check("look", "checkpoint", f"{where}; not at the end of its run",
+                 "the best or a saved model of an unfinished run; to resume the run:\n"
+                 f"       python train.py --checkpoint {shlex.quote(str(source.with_name(LATEST)))}")
+
+
+def _check_data(checkpoint: dict[str, Any], config: Config, train_file: TokenFile) -> list[Check]:
+    vocab_size = config.model.vocab_size
+    used = count_used(train_file.tokens, vocab_size)
+    checks = [Check("ok" if used > 0.9 * vocab_size else "look", "vocabulary",
+                    f"{vocab_size:,} tokens, of which the training text uses {used:,}",
+                    "rows of the others are never trained" if used < vocab_size else "")]
+    trained_on = checkpoint.get("train_digest")
+    if trained_on in (None, train_file.digest):
+        known = "the same tokens it was trained on" if trained_on else "(an old checkpoint: no checksum to compare)"
+        checks.append(Check("ok", "tokenizer", f"the checkpoint's own made {train_file.path.name}: {known}"))
+    else:
+        checks.append(Check("bad", "tokenizer", f"{train_file.path.name} holds other tokens than it was trained on",
+                            "all that is derived from the training text is of another text"))
+    share = train_file.counts["article_tokens"] / len(train_file.tokens)
+    healthy = 0.03 <= share <= 0.12
+    return [*checks, Check("ok" if healthy else "look", "articles in the data", f"{share:.1%} of the training tokens",
+                           "" if healthy else "5-9% is healthy: a model learns what the data has")]
+
+
+def _check_learning_rate(checkpoint: dict[str, Any], config: Config, planned: int) -> Check:
+    rate = learning_rate(max(1, checkpoint["iter_num"]), config.optimizer.learning_rate, planned, config.scheduler)
+    groups = checkpoint.get("optimizer", {}).get("param_groups", [{}])
+    used_rate = groups[0].get("lr", math.nan)
+    notes = schedule_notes(config, planned)
+    on_schedule = math.isclose(used_rate, rate, rel_tol=1e-6)
+    return Check("ok" if on_schedule and not notes else "look", "learning rate",
+                 f"{used_rate:.2e}; the schedule ({config.scheduler.type}) has {rate:.2e} at this step",
+                 "; ".join(notes) or ("" if on_schedule else "resumed with other steps, or another config"))
+
+
+def count_used(tokens: np.ndarray, vocab_size: int, chunk: int = 1 << 24) -> int:
+    """How many ids of the vocabulary occur in the tokens, in bounded memory."""
+    seen = np.zeros(vocab_size, dtype=bool)
+    for start in range(0, len(tokens), chunk):
+        seen |= np.bincount(tokens[start:start + chunk], minlength=vocab_size)[:vocab_size] > 0
+    return int(seen.sum())
+
+
+def check_likelihood(found: dict[str, Any], step: int, metrics: Sequence[dict]) -> list[Check]:
+    """Checks of the loss, of whether it still falls, and of label alignment: which token the model predicts."""
+    loss, trend = found["val_loss"], ""
+    curve = [(entry["step"], entry["val_loss"]) for entry in metrics
+             if entry["type"] == "evaluation" and entry["step"] <= step]
+    if earlier := [value for at, value in curve if at <= 0.8 * step]:
+        fell = 1 - curve[-1][1] / earlier[-1]
+        trend = f"; over the last fifth of its steps it {'fell' if fell > 0 else 'rose'} by {abs(fell):.1%}"
+    meaning = ("" if loss < GOOD_LOSS else "still falling: more steps or epochs would help" if "fell" in trend
+               else f"above {GOOD_LOSS} grammar is unsteady: train longer, on more stories, or a larger model")
+    against = {"next": found["next_loss"], "one after": found["after_next_loss"], "present": found["present_loss"]}
+    best = min(against, key=against.get)
+    meanings = {"next": "it predicts the next token, as it should",
+                "one after": "its labels were shifted twice: it skips every second word, articles first",
+                "present": "its labels were not shifted: it only repeats its input"}
+    return [Check("ok" if loss < GOOD_LOSS else "look", "loss", f"{loss:.4f} nats per token, the aim is under "
+                  f"{GOOD_LOSS}{trend}", meaning),
+            Check("ok" if best == "next" else "bad", "label alignment", "loss against " + ", ".join(
+                  f"the {name} token {value:.2f}" for name, value in against.items()), meanings[best])]

@@ -1,0 +1,89 @@
+"""References: real stories with the same beginnings, which generated stories are compared with.
+
+Texts are read back from token files, which hold them byte for byte; of long files, from places spread evenly.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice, pairwise
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from data.token_files import TokenFile
+from data.tokenizer import END_OF_STORY
+
+NUM_PROMPTS = 10  # beginnings that stories are told from
+BEGINNING = 5  # words of a beginning that is taken from the validation stories
+
+
+class Passage(NamedTuple):
+    """A story without its beginning: what is measured. ended: by itself, it was not cut off."""
+
+    prompt: str
+    text: str
+    ended: bool
+
+
+def read_stories(file: TokenFile, tokenizer: Tokenizer, count: int) -> Iterator[str]:
+    """The texts of `count` stories of a token file, evenly spread over it; all of them if it has no more."""
+    separator, tokens = tokenizer.token_to_id(END_OF_STORY), file.tokens
+    if file.counts["stories"] <= count:
+        ends = np.flatnonzero(tokens == separator)
+        pieces = (tokens[start + 1:end] for start, end in pairwise(ends))
+    else:
+        pieces = (_story_after(tokens, int(place), separator) for place in np.linspace(0, len(tokens), count + 1)[:-1])
+    while chunk := list(islice((piece.tolist() for piece in pieces if len(piece)), 1000)):
+        yield from tokenizer.decode_batch(chunk)
+
+
+def _story_after(tokens: np.ndarray, place: int, separator: int, reach: int = 4096) -> np.ndarray:
+    """The first whole story from a place on; nothing, if there is none."""
+    while True:
+        ends = np.flatnonzero(tokens[place:place + reach] == separator)
+        if len(ends) > 1:
+            return tokens[place + ends[0] + 1:place + ends[1]]
+        if place + reach >= len(tokens):
+            return tokens[:0]
+        reach *= 2
+
+
+def choose_references(stories: Sequence[str], prompts: Sequence[str], count: int) -> list[tuple[str, str]]:
+    """Pairs of a beginning and a story that begins so, `count` of them or as many as there are.
+
+    The beginnings are those of `prompts` that any story begins with, and then, up to NUM_PROMPTS, the commonest first
+    BEGINNING words of the stories. Each is used as often as any other, as long as there are stories for it.
+    """
+    common = Counter(" ".join(words) for story in stories if len(words := story.split(" ")[:BEGINNING]) == BEGINNING)
+    chosen = [prompt for prompt in prompts if any(story.startswith(prompt) for story in stories)]
+    for beginning, _ in common.most_common():
+        beginning = beginning.rstrip(",.;:!?")
+        if len(chosen) < NUM_PROMPTS and "\n" not in beginning and not any(
+                prompt.startswith(beginning) or beginning.startswith(prompt) for prompt in chosen):
+            chosen.append(beginning)
+    by_prompt = {prompt: [] for prompt in chosen}
+    for story in stories:
+        for prompt in chosen:
+            if story.startswith(prompt) and len(story) > len(prompt):
+                by_prompt[prompt].append(story)
+                break
+    pairs, rest = [], {prompt: iter(found) for prompt, found in by_prompt.items()}
+    for prompt in cycle(chosen):
+        if len(pairs) == count or not rest:
+            break
+        if prompt in rest:
+            story = next(rest[prompt], None)
+            if story is None:
+                del rest[prompt]
+            else:
+                pairs.append((prompt, story))
+    return pairs
+
+
+def cut_reference(prompt: str, story: str, tokenizer: Tokenizer, limit: int) -> Passage:
+    """The story without its beginning, and cut off after `limit` tokens, where the model would be."""
+    ids = tokenizer.encode(story[len(prompt):], add_special_tokens=False).ids
+    return Passage(prompt, tokenizer.decode(ids[:limit]), len(ids) < limit)  # a model must also have room for the end

@@ -1,0 +1,1 @@
+"""Inference: the engine that continues many prompts, sampling, packed weights."""

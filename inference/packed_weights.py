@@ -1,0 +1,115 @@
+"""The model with its weights laid out for generation: products of one input joined, in float32, bf16 or int8."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import UserError
+from device import choose_precision
+from model import Attention, FeedForward, Transformer, apply_rope
+
+SPLIT_FROM = 1024  # inputs; above this number oneDNN sums a single row in another order than one row of many
+
+
+def choose_compute(compute: str, device: torch.device) -> tuple[str, str]:
+    """float32, bf16 or int8, and the reason. auto depends on the device alone, so a seed gives the same story."""
+    if compute == "int8" and device.type != "cpu":
+        raise UserError(f"--compute int8: only on the cpu, not on {device.type}; use bf16")
+    if compute != "auto":
+        return compute, ""
+    precision, why = choose_precision(device, True)
+    return ("float32", why.removeprefix("float32")) if precision is contextlib.nullcontext else ("bf16", "")
+
+
+def pack(model: Transformer, compute: str) -> Transformer:
+    """Lay the model's weights out for generation, in place. compute: float32, bf16 or int8. It cannot train then."""
+    for layer in model.layers:
+        layer.attention = PackedAttention(layer.attention, compute)
+        layer.feed_forward = PackedFeedForward(layer.feed_forward, compute)
+    model.output = PackedLinear([model.output], compute)
+    return model
+
+
+class PackedAttention(Attention):
+    """Attention with one product for queries, keys and values, and one rotation for queries and keys."""
+
+    def __init__(self, attention: Attention, compute: str) -> None:
+        nn.Module.__init__(self)
+        self.config, self.layer = attention.config, attention.layer
+        self.wqkv = PackedLinear([attention.wq, attention.wk, attention.wv], compute)
+        self.wo = PackedLinear([attention.wo], compute)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads, kv_heads = self.config.n_heads, self.config.kv_heads
+        states = self.wqkv(x).view(*x.shape[:2], -1, self.config.head_dim)  # (batch, seq_len, all heads, head_dim)
+        rotated, values = states.split([heads + kv_heads, kv_heads], dim=2)
+        queries, keys = apply_rope(rotated, cos, sin).split([heads, kv_heads], dim=2)
+        return queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
+
+
+class PackedFeedForward(nn.Module):
+    """FeedForward with one product for w1 and w3."""
+
+    def __init__(self, feed_forward: FeedForward, compute: str) -> None:
+        super().__init__()
+        self.w13 = PackedLinear([feed_forward.w1, feed_forward.w3], compute)
+        self.w2 = PackedLinear([feed_forward.w2], compute)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)  # (batch, seq_len, d_ffn) each
+        return self.w2(F.silu(gate) * up)
+
+
+class PackedLinear(nn.Module):
+    """Linear layers of one input joined to one, in float32, bf16 or int8. Takes and returns float32, (..., features).
+
+    On the CPU, float32 and bf16 weights are laid out for oneDNN once, as torch.compile's freezing does. int8: weights
+    in 255 steps with one scale for each output, products in bf16.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], compute: str) -> None:
+        super().__init__()
+        weight = torch.cat([linear.weight.detach() for linear in linears])  # (outputs of all, inputs)
+        self.dtype = torch.float32 if compute == "float32" else torch.bfloat16
+        self.outputs, self.weight, self.multiply = weight.shape[0], weight.to(self.dtype), F.linear
+        if compute == "int8":
+            scales = weight.abs().amax(dim=1).clamp(min=1e-30) / 127  # (outputs of all,)
+            self.weight, self.scales = (weight / scales[:, None]).round().to(torch.int8), scales.to(self.dtype)
+            self.weight = F.pad(self.weight, (0, -weight.shape[1] % 64))  # the kernel needs whole blocks of 64
+            self.multiply = self.multiply_int8
+        elif weight.device.type == "cpu" and can_prepack(self.dtype):
+            self.weight, self.multiply = prepack(self.weight), multiply_prepacked
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.multiply(x.to(self.dtype).flatten(0, -2), self.weight)  # (all rows, outputs of all)
+        return out.float().view(*x.shape[:-1], self.outputs)
+
+    def multiply_int8(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int8pack_mm(F.pad(x, (0, weight.shape[1] - x.shape[1])), weight, self.scales)
+
+
+def prepack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 32)  # of the layouts for 1 to 128 rows, that for 32 was best
+
+
+def multiply_prepacked(x: Tensor, weight: Tensor) -> Tensor:
+    if len(x) == 1 and x.shape[1] > SPLIT_FROM:
+        return multiply_prepacked(x.expand(2, -1), weight)[:1]  # a single row then has the same bits as among others
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+@functools.cache
+def can_prepack(dtype: torch.dtype) -> bool:
+    """Probe whether the oneDNN operators that torch.compile uses work here: they are not public, and for bf16 they
+    need a CPU with AVX-512."""
+    try:
+        x, weight = torch.eye(4, dtype=dtype), torch.arange(16.0).view(4, 4).to(dtype)
+        return torch.equal(multiply_prepacked(x, prepack(weight)), weight.T)
+    except (AttributeError, RuntimeError):
+        return False

@@ -1,0 +1,1 @@
+"""Training: optimizer, schedule, distributed processes, checkpoint files, the run's folder, metrics, loggers."""

@@ -1,0 +1,71 @@
+"""training.batch_size: auto. Finds the largest micro-batch that fits into memory, starting from an estimate."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+
+import torch
+
+from config import Config, UserError
+from device import OUT_OF_MEMORY
+from model import Transformer
+from training.distributed import DistributedContext
+
+CPU_BATCH_TOKENS = 4096  # in a micro-batch: enough to keep a CPU busy
+
+
+def estimate_memory(model: Transformer, batch_size: int, bf16: bool) -> float:
+    """Estimate the bytes that training takes: weights, gradients, two Adam moments, and a micro-batch's activations."""
+    m, width = model.config, 2 if bf16 else 4
+    kept_by_layer = m.d_model * (8 * width + 18) + m.d_ffn * 4 * width  # per token
+    if model.output.weight.device.type == "cpu":
+        kept_by_layer += m.n_heads * m.max_seq_len * width / 2  # the attention weights, half of which are masked
+    if model.gradient_checkpointing:
+        layers = m.n_layers * 4 * m.d_model + kept_by_layer
+    else:
+        layers = m.n_layers * kept_by_layer
+    logits = m.vocab_size * (width + 4 + 4 + 4)  # logits, their float32 copy, their log-softmax, their gradient
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return 16 * parameters + batch_size * m.max_seq_len * (layers + logits)
+
+
+def choose_batch_size(config: Config, model: Transformer, device: torch.device, distributed: DistributedContext,
+                      bf16: bool, probe: Callable[[int], object]) -> Config:
+    """The config with a number for batch_size auto: the most sequences that divide the step and fit into memory.
+
+    On a CPU, where larger batches gain little, at most CPU_BATCH_TOKENS. probe: a forward and a backward pass of that
+    many sequences, in all processes at once. Raises UserError.
+    """
+    if config.training.batch_size != "auto":
+        return config
+    per_process, limit = config.sequences_per_step // distributed.world_size, math.inf
+    if device.type == "cuda":
+        limit = 1.5 * torch.cuda.mem_get_info(device)[0]  # the estimate is rough, so sizes somewhat above are probed
+    elif device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        # a system that runs out of memory kills the process, so sizes above the limit are not probed
+        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    # a step also holds the gradients of the micro-batch before and two moments, which a probe does not have yet
+    held = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(3)]
+    for size in range(per_process, 0, -1):
+        too_large_for_cpu = device.type == "cpu" and size > max(1, CPU_BATCH_TOKENS // config.model.max_seq_len)
+        if per_process % size or too_large_for_cpu:
+            continue
+        failed = size > 1 and estimate_memory(model, size, bf16) > limit
+        if distributed.any_process(failed):
+            continue
+        try:
+            probe(size)
+        except (MemoryError, RuntimeError) as error:
+            if not OUT_OF_MEMORY.search(str(error)):
+                raise
+            failed = True
+        model.zero_grad(set_to_none=True)
+        if not distributed.any_process(failed):
+            del held
+            return config.with_batch_size(size)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    raise UserError("training.batch_size auto: not even one sequence fits into memory: set training."
+                    "use_gradient_checkpointing: true, or make the model smaller")
