@@ -1,7 +1,5 @@
 """What the machine at hand can do: device, precision, compilation, memory. All of it is detected or probed."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

@@ -4,8 +4,6 @@
     python evaluate.py --checkpoint X --data some.txt      only how likely the model finds that text, byte for byte
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -7,8 +7,6 @@ Stories go to standard output, everything else to standard error. The engine is 
 inference/sampling.py; this script has the command line, the output as it grows, and the interactive mode.
 """
 
-from __future__ import annotations
-
 import argparse
 import atexit
 import contextlib
@@ -133,7 +131,7 @@ def run_interactive(model: Transformer, tokenizer: Tokenizer, sampling: Sampling
                     record: Callable[[SamplingConfig, str, int, Story], None]) -> None:
     """Read prompts and commands from standard input until it ends, and continue each prompt."""
     with contextlib.suppress(ImportError):  # Windows has no readline
-        import readline
+        import readline  # noqa: F401  (importing it gives input() a history and editing)
     sys.stdin.reconfigure(errors="replace")
     print(HELP, file=sys.stderr)
     while True:

@@ -4,8 +4,6 @@ The parameter names are Meta's (tok_embeddings, layers.N.attention.wq, feed_forw
 The model never shifts its targets: targets[t] is the token to predict at position t (data/batches.py shifts them).
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

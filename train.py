@@ -6,8 +6,6 @@
 Start reading at train(), the loop, near the middle of the file.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import math
@@ -18,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +45,12 @@ def parse_arguments() -> tuple[argparse.Namespace, Config | None]:
 if __name__ == "__main__":
     arguments = parse_before_imports(parse_arguments)
 
-import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config.values import counted, format_bytes
-from data.batches import count_sequences, dropout_seed, read_batch, training_sequences
+from config.values import counted, format_bytes, indented
+from data.batches import dropout_seed
 from data.quality import check_quality
 from data.token_files import TokenFile, prepare_tokens
 from data.tokenizer import ensure_tokenizer
@@ -72,11 +68,11 @@ from evaluation.validation import describe_evaluation, evaluate
 from inference.engine import encode_prompts, generate_samples, generate_stories
 from model import Transformer, count_parameters, flops_per_token
 from training.batch_size import choose_batch_size, estimate_memory
-from training.checkpoints import BEST, LATEST, RUN_STATE, check_resumable, load_checkpoint, load_weights
-from training.distributed import SINGLE_PROCESS, DistributedContext, init_distributed
+from training.checkpoints import BEST, LATEST, check_resumable, load_checkpoint
+from training.distributed import DistributedContext, init_distributed
 from training.interruptions import FaultTolerantStream, deferred_interrupts
-from training.non_finite import find_non_finite
-from training.optimizer import describe_optimizer, load_optimizer, make_optimizer
+from training.optimizer import describe_optimizer, make_optimizer
+from training.run import Run, micro_batch, read_losses
 from training.run_folder import RunFolder, lock_output_dir
 from training.schedule import learning_rate, schedule_notes
 
@@ -98,70 +94,6 @@ def accumulate_gradients(forward: Callable[[Tensor, Tensor], Tensor], precision:
             loss.backward()
         total += loss.detach()
     return total
-
-
-@dataclass
-class Run:
-    """All that changes during training. state() and restore() carry it across a restart."""
-
-    config: Config
-    tokenizer: Tokenizer
-    model: Transformer
-    optimizer: torch.optim.Optimizer
-    device: torch.device
-    train_file: TokenFile
-    folder: RunFolder | None = None
-    distributed: DistributedContext = SINGLE_PROCESS
-    precision: Callable[[], Any] = contextlib.nullcontext
-    iter_num: int = 0  # steps done
-    position: int = 0  # sequences trained on, over all epochs
-    best_val_loss: float = math.inf
-    evaluations_without_gain: int = 0
-    evaluated: int = 0  # the step of the last evaluation
-    completed: int = 0  # the step at which the whole run was finished
-    pending: list[tuple[int, int, Tensor, Tensor]] = field(default_factory=list)  # step, position, loss, gradient norm
-    unlogged: list[tuple[int, float, float]] = field(default_factory=list)  # step, loss, gradient norm
-    norms: list[float] = field(default_factory=list)  # the last gradient norms
-    found_inf: Tensor | None = None  # float32, (): 1 after a non-finite gradient; from then on weights do not change
-    best_before: float = math.inf  # best_val_loss, in case that writing BEST fails
-    clock: tuple[int, float] = (0, 0.0)  # a step and the time at its end; since then, only training took time
-
-    @property
-    def sequences_per_epoch(self) -> int:
-        return count_sequences(len(self.train_file.tokens), self.config.model.max_seq_len)
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the training split so far."""
-        return self.position / self.sequences_per_epoch
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint stores."""
-        return {"model": self.model.state_dict(), "config": self.config.to_dict(), "tokenizer": self.tokenizer.to_str(),
-                "epoch": self.epoch, "optimizer": self.optimizer.state_dict(), "train_digest": self.train_file.digest,
-                "metrics_size": self.folder.metrics_size, **{name: getattr(self, name) for name in RUN_STATE}}
-
-    def restore(self, checkpoint: dict[str, Any], source: Path) -> None:
-        """Continue from the state of a checkpoint. Raises UserError if it does not fit."""
-        load_weights(self.model, checkpoint, source)
-        load_optimizer(self.optimizer, checkpoint["optimizer"], source)
-        for name in RUN_STATE:
-            setattr(self, name, checkpoint[name])
-
-    def save(self, name: str) -> None:
-        """Start writing a checkpoint file. All processes call this method; the main process writes."""
-        read_losses(self)  # a saved model is known to be finite
-        self.finish_save()
-        self.folder.save(name, self.state)
-        self.clock = self.iter_num, time.perf_counter()
-
-    def finish_save(self) -> bool:
-        """Wait for the save in progress. Returns False, in all processes, if it failed."""
-        succeeded = bool(self.distributed.from_main(self.folder.wait_for_save()))
-        if not succeeded and self.folder.saving == BEST:
-            self.best_val_loss = self.best_before
-        self.folder.keep_newest(self.config.training.keep_checkpoints)
-        return succeeded
 
 
 # The loop
@@ -230,57 +162,6 @@ def train_step(run: Run, forward: Callable, total_steps: int) -> None:
     run.iter_num += 1
     run.pending.append((run.iter_num, run.position, loss, norm))
     run.position += config.sequences_per_step
-
-
-def micro_batch(run: Run, start: int) -> tuple[np.ndarray, tuple[Tensor, Tensor]]:
-    """The batch_size sequences from position `start` on: their indices, and their inputs and targets on the device."""
-    sequences = training_sequences(start, run.config.training.batch_size, run.sequences_per_epoch,
-                                   run.config.training.seed)
-    return sequences, read_batch(run.train_file.tokens, sequences, run.config.model.max_seq_len, run.device)
-
-
-def read_losses(run: Run) -> None:
-    """Move run.pending to run.unlogged, which synchronizes with the device. Raises UserError if one is not finite."""
-    if not run.pending:
-        return
-    steps, positions, losses, norms = zip(*run.pending, strict=True)
-    run.pending.clear()
-    mean = run.distributed.sum(torch.stack(losses)) / run.distributed.world_size  # (steps,)
-    values = torch.stack([mean, torch.stack(norms)]).tolist()  # (2, steps)
-    for step, position, loss, norm in zip(steps, positions, *values, strict=True):
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            run.folder.wait_for_save()
-            kept = f"{LATEST} is from an earlier step" if (run.folder.path / LATEST).exists() else "nothing was saved"
-            raise UserError(f"step {step:,}: loss {loss:g}, gradient norm {norm:g}: not finite, so training stopped; "
-                            f"{diagnose_step(run, position)}; {kept}. Try a lower optimizer.learning_rate, a longer "
-                            "scheduler.warmup_steps or a lower optimizer.max_grad_norm")
-        run.unlogged.append((step, loss, norm))
-
-
-def diagnose_step(run: Run, position: int) -> str:
-    """Repeat the step that began at `position`, with its weights, which a gradient that is not finite does not change.
-
-    Prints the text of the worst sequence. Returns which module's output or gradient was not finite first.
-    """
-    training = run.config.training
-    with find_non_finite(run.model) as faults:
-        for start in range(position, position + run.config.sequences_per_step, training.batch_size):
-            sequences, (inputs, targets) = micro_batch(run, start)
-            torch.manual_seed(dropout_seed(training.seed, start))
-            with run.precision():
-                losses = run.model(inputs, targets, reduction="none")  # (batch, seq_len)
-            (losses.mean() / training.gradient_accumulation_steps).backward()
-            if faults:
-                worst = int(losses.sum(dim=1).nan_to_num(nan=math.inf).argmax())
-                text = run.tokenizer.decode(inputs[worst].tolist(), skip_special_tokens=False)
-                tqdm.write(f"sequence {sequences[worst]} of the training tokens, the worst of its batch:\n"
-                           + indented(text))
-                return f"the first to go wrong was {faults[0]}"
-    return "the same step was finite when it was repeated"
-
-
-def indented(text: str) -> str:
-    return "  | " + text.replace("\n", "\n  | ")
 
 
 def evaluate_and_log(run: Run, validation: TokenFile) -> None:
@@ -421,8 +302,9 @@ def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | 
         if not distributed.is_main:
             config = replace(config, training=replace(config.training, show_progress=False))
         if config.hardware.num_gpus not in (None, distributed.world_size):
-            print(f"note: hardware.num_gpus is {config.hardware.num_gpus}, but {distributed.world_size} will train; "
-                  f"start one process per GPU: torchrun --nproc_per_node={config.hardware.num_gpus} train.py ...")
+            wanted = config.hardware.num_gpus
+            print(f"note: hardware.num_gpus is {wanted}, but the number of processes is {distributed.world_size}; for "
+                  f"{wanted}: torchrun --nproc_per_node={wanted} {shlex.join(sys.argv)}")
         run, validation = prepare_run(config, checkpoint, checkpoint_path, device, folder, distributed)
         remaining = training.num_epochs * run.sequences_per_epoch - run.position
         total_steps = training.max_steps or run.iter_num + max(0, math.ceil(remaining / run.config.sequences_per_step))

@@ -6,8 +6,6 @@ train.py does this by itself if data.tokenizer_path has no tokenizer. The folder
 that this project reads, and tokenizer_config.json, with which transformers.AutoTokenizer opens the folder too.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What the command lines of all scripts share: --config and --set, number types, and how a script starts and ends."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

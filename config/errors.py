@@ -1,7 +1,5 @@
 """Errors that a user can fix, and how a script reports errors: one line on standard error and exit status 2."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

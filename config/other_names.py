@@ -1,7 +1,5 @@
 """Keys as other trainers name them (llama2.c, nanoGPT, ...), answered with the keys of this project."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ A field's type is its check, so each key is declared once. `null` in the YAML me
 where the type has `| None`. docs/TRAINING_GUIDE.md has a table of all keys, which a test compares with this file.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 from collections.abc import Sequence
@@ -182,13 +180,13 @@ class Config:
         size = self.training.batch_size
         return max(1, 8192 // self.model.max_seq_len) if size == "auto" else size
 
-    def with_batch_size(self, batch_size: int) -> Config:
+    def with_batch_size(self, batch_size: int) -> "Config":
         """The same step in micro-batches of `batch_size` sequences."""
         training = dataclasses.replace(self.training, batch_size=batch_size,
                                        gradient_accumulation_steps=self.sequences_per_step // batch_size)
         return dataclasses.replace(self, training=training)
 
-    def keep_batch_size(self, before: Config, processes: int) -> Config:
+    def keep_batch_size(self, before: "Config", processes: int) -> "Config":
         """With batch_size auto, reuse the size that `before` found for the same step, so that dropout stays the same.
 
         If the micro-batches cannot be divided among the processes, the size is left to be found again.

@@ -3,8 +3,6 @@
 This file knows no section and no key of this project; schema.py has those.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import types
@@ -149,3 +147,8 @@ def one_line(value: Any) -> str:
     """The value as text on one line, shortened to 120 characters."""
     text = " ".join(str(value).split())
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def indented(text: str) -> str:
+    """A text of several lines, as messages show it."""
+    return "  | " + text.replace("\n", "\n  | ")

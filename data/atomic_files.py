@@ -1,7 +1,5 @@
 """Files that are written whole or not at all, and a lock that lets one program at a time build a file."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

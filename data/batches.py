@@ -4,8 +4,6 @@ Sequence i is the seq_len + 1 tokens from i * seq_len on: the first seq_len are 
 targets. read_batch() is the one place where targets are shifted.
 """
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Cleaning of story texts: white space, encoding repair, and which texts are left out."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 

@@ -1,7 +1,5 @@
 """The quality check of data.check_quality: what cleaning finds in the first stories, before any work is done."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from itertools import islice

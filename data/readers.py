@@ -4,8 +4,6 @@ A file that cannot be read raises UserError, one line: the file, the line or num
 what to set. data/stories.py decides which files to read.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator

@@ -6,8 +6,6 @@ Stories are streamed in bounded memory. A source that cannot be read raises User
 number of the story in it, what was found, what to set.
 """
 
-from __future__ import annotations
-
 import difflib
 import glob
 import hashlib

@@ -3,8 +3,6 @@
 It needs no download, never ends, and repeats no story. The texts it combines are in synthetic_stories.yaml.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Callable, Iterator

@@ -5,8 +5,6 @@ end, as little-endian uint16 (uint32 for vocabularies past 65,536), beside `<nam
 counts and a checksum. The JSON is written last, so a half-written .bin is never used.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -3,8 +3,6 @@
 train_custom_tokenizer.py calls make_tokenizer(), which always trains one; train.py calls ensure_tokenizer().
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import sys

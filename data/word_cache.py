@@ -4,8 +4,6 @@ A byte-level BPE (Radford et al., 2019) splits a text into words by a pattern, t
 thousand words make up nearly all of TinyStories, so each word is encoded once and then looked up.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The checklist of a trained checkpoint: what it says of its training and its predictions, each with a verdict."""
 
-from __future__ import annotations
-
 import math
 import shlex
 from collections.abc import Sequence

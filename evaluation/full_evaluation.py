@@ -1,7 +1,5 @@
 """The full evaluation of a checkpoint: checklist, likelihood, and generated stories compared with real ones."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Each token of a token file but the first, which is a separator, is predicted onc
 pass, so each byte of the text counts once.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

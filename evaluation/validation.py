@@ -1,7 +1,5 @@
 """The validation pass: loss, perplexity and bits per byte over fixed sequences of the validation split."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

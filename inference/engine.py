@@ -3,8 +3,6 @@
 Start reading at generate_tokens(). generate_stories(), at the end, does the same from text to text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The model with its weights laid out for generation: products of one input joined, in float32, bf16 or int8."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Sequence

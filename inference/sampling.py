@@ -1,7 +1,5 @@
 """Choosing the next token: repetition penalty, temperature, top-k, top-p, min-p."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """training.batch_size: auto. Finds the largest micro-batch that fits into memory, starting from an estimate."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 model_from_checkpoint() rebuilds the model. training/run_folder.py writes the checkpoints of a run.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

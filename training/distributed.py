@@ -5,8 +5,6 @@
 Each process trains on its part of every step's micro-batches. What one process decides, such as to stop, all decide.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import hashlib

@@ -1,7 +1,5 @@
 """What must not end a run in the middle of a step: a signal, or an output stream that fails."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

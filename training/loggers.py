@@ -1,7 +1,5 @@
 """training.logger: writes the entries of metrics.jsonl also to TensorBoard or Weights & Biases, if installed."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """metrics.jsonl, the record of a run: one JSON object a line, of type step, evaluation, spike, plan or final."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Diagnosis of a loss or a gradient that is not finite: which module's output or gradient went wrong first."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Iterator

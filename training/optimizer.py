@@ -1,7 +1,5 @@
 """The optimizers of the config's `optimizer` section: fused AdamW, and Muon with AdamW."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """training.output_dir during a run: checkpoints, metrics.jsonl and the report, locked by one program."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The learning rate of each step, and notes where the schedule does not fit the run."""
 
-from __future__ import annotations
-
 import math
 
 from config.schema import Config, SchedulerConfig

@@ -26,19 +26,19 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPO))
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging
+import torch  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
-from config import Config, load_config
-from config.schema import ModelConfig, SamplingConfig
-from data.synthetic_stories import synthetic_stories
-from data.tokenizer import train_tokenizer
-from device import choose_device
-from inference.engine import generate_tokens
-from inference.packed_weights import choose_compute, pack
-from model import Transformer
-from training.checkpoints import save_checkpoint
+from config import Config, load_config  # noqa: E402
+from config.schema import ModelConfig, SamplingConfig  # noqa: E402
+from data.synthetic_stories import synthetic_stories  # noqa: E402
+from data.tokenizer import train_tokenizer  # noqa: E402
+from device import choose_device  # noqa: E402
+from inference.engine import generate_tokens  # noqa: E402
+from inference.packed_weights import choose_compute, pack  # noqa: E402
+from model import Transformer  # noqa: E402
+from training.checkpoints import save_checkpoint  # noqa: E402
 
 CONFIGS = ["stories260K", "stories15M", "train_config_tinystories_33M_TOP10K"]
 ENTROPY = 2.2  # nats per token of the random models

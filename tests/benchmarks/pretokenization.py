@@ -24,11 +24,11 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPO))
 
-from config.schema import DataConfig
-from data.stories import open_stories
-from data.synthetic_stories import synthetic_stories
-from data.token_files import build_token_file, prepare_tokens
-from data.tokenizer import (
+from config.schema import DataConfig  # noqa: E402
+from data.stories import open_stories  # noqa: E402
+from data.synthetic_stories import synthetic_stories  # noqa: E402
+from data.token_files import build_token_file, prepare_tokens  # noqa: E402
+from data.tokenizer import (  # noqa: E402
     load_tokenizer,
     save_tokenizer,
     train_tokenizer,

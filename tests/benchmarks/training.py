@@ -32,16 +32,16 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPO))
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
-import train
-from config import Config, load_config
-from data.token_files import TokenFile
-from device import choose_device, keep_freed_memory, peak_flops
-from model import Attention, FeedForward, Transformer, apply_rope, count_parameters, flops_per_token
+import train  # noqa: E402
+from config import Config, load_config  # noqa: E402
+from data.token_files import TokenFile  # noqa: E402
+from device import choose_device, keep_freed_memory, peak_flops  # noqa: E402
+from model import Attention, FeedForward, Transformer, apply_rope, count_parameters, flops_per_token  # noqa: E402
 
 CONFIGS = ["quickstart", "tinystories_cpu", "train_config_tinystories_33M_TOP10K"]
 WAYS = ["eager float32", "eager bf16", "compiled float32", "compiled bf16"]
