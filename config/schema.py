@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from config.combinations import check_combinations
-from config.command_line import REPO
 from config.errors import UserError
-from config.other_names import accept_use_wandb, check_names
+from config.other_names import accept_use_wandb, check_names, suggest
 from config.values import Bounds, build_section, one_line, parse_yaml, show
 
 Positive = Annotated[int, Bounds(1)]
@@ -109,10 +108,12 @@ class SchedulerConfig:
 class DataConfig:
     """Where stories come from (data/stories.py) and where their token files go (data/token_files.py)."""
 
-    dataset: str = "tinystories"  # tinystories, sample, a hub id, a file, a folder or a glob
+    dataset: str = "tinystories"  # tinystories, tinystories-v2, sample, a hub id, a file, a folder or a glob
     validation: str | None = None  # null: the data set's own split, or else a held-out fraction
     validation_fraction: Annotated[float, Bounds(0, 0.5, above=True)] = 0.01  # that fraction
+    separator: str = "<|endoftext|>"  # what separates the stories of a .txt file, such as a newline
     text_column: str | None = None  # null: text or story
+    template: str | None = None  # makes a text of several fields, such as "Q: {question}\nA: {answer}"
     max_stories: Positive | None = None  # train on only the first of them; null: all (sample: 20,000)
     clean: bool = True  # repair encodings, leave out texts that are empty, cut off or damaged
     check_quality: bool = False  # look at stories before training and print what is wrong with them
@@ -202,6 +203,10 @@ class Config:
         return values
 
 
+SECTIONS = {section.name: [key.name for key in dataclasses.fields(section.default)]
+            for section in dataclasses.fields(Config)}
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` overrides, and check everything.
 
@@ -213,7 +218,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"--config {path}: a folder; name a YAML file in it"
                         + (f": {one_line(', '.join(files))}" if files else ", there is none yet"))
     if not path.is_file():
-        near = difflib.get_close_matches(path.stem, [p.stem for p in (REPO / "config").glob("*.yaml")], 1, 0.5)
+        near = difflib.get_close_matches(path.stem, [p.stem for p in Path(__file__).parent.glob("*.yaml")], 1, 0.5)
         raise UserError(f"--config {path}: no such file" + (f"; did you mean config/{near[0]}.yaml?" if near else ""))
     try:
         values = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
@@ -249,8 +254,7 @@ def _build(values: Any, source: str, overrides: Sequence[str]) -> tuple[Config, 
     for override in overrides:
         _apply_override(values, override, origins)
     accept_use_wandb(values.get("training"), source, origins)
-    known = {name: [field.name for field in dataclasses.fields(section)] for name, section in sections.items()}
-    check_names(values, known, source, origins)
+    check_names(values, SECTIONS, source, origins)
     return Config(**{name: build_section(type(sections[name]), name, section, source, origins)
                      for name, section in values.items()}), origins
 
@@ -269,7 +273,10 @@ def _apply_override(values: dict, override: str, origins: dict[str, str]) -> Non
     section, dot, key = key_path.strip().partition(".")
     name = f"--set {one_line(override)}"
     if not (equals and dot and section and key):
-        raise UserError(f"{name}: expected section.key=value, such as training.batch_size=32")
+        advice = suggest("", section, SECTIONS) if equals and section not in SECTIONS else ""
+        raise UserError(f"{name}: expected section.key=value, "
+                        + (advice.replace("use", "did you mean") + "?" if advice.startswith("use ") else
+                           "such as training.batch_size=32"))
     value = parse_yaml(text, name)
     target = values.get(section)
     if target is None:

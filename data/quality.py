@@ -9,8 +9,8 @@ from config.schema import DataConfig
 from config.values import counted
 from data.stories import open_stories
 
-FAULTS = {"empty": "empty", "stubs": "cut off", "unrepairable": "damaged", "repaired": "with a damaged encoding that "
-          "cleaning repairs"}
+FAULTS = {"empty": "empty", "cut_off": "cut off", "unreadable": "with lost characters",
+          "repaired": "with a damaged encoding that cleaning repairs"}
 ARTICLE = re.compile(r"\b(?:a|an|the)\b", re.IGNORECASE)
 
 

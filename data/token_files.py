@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,12 +21,13 @@ from config import UserError
 from config.schema import DataConfig
 from config.values import counted
 from data.atomic_files import atomic_write, file_lock, remove_partial_files
-from data.stories import Stories, open_stories
-from data.tokenizer import END_OF_STORY, article_mask
+from data.stories import Stories, describe_counts, open_stories
+from data.tokenizer import END_OF_STORY, article_mask, train_tokenizer
 from data.word_cache import make_encoder
 
 FORMAT = 2  # of the files
 COUNTS = ("stories", "tokens", "bytes", "article_tokens")
+MISFIT, FRESH_CHARACTERS = 0.6, 1_000_000  # a tokenizer with fewer bytes per token than that share does not fit
 CHUNK_BYTES = 2_000_000  # of text given to the tokenizer library at once, which divides it among all cores
 
 
@@ -37,7 +38,9 @@ class TokenFile:
     path: Path
     tokens: np.ndarray
     counts: dict[str, int]  # stories, tokens, bytes (of text), article_tokens
-    digest: str  # equal only if tokens and counts are equal
+    digest: str  # equal only if tokens and COUNTS are equal
+    examples: dict[str, str] = field(default_factory=dict)  # a text of each kind that was not kept as it was
+    fresh: float = 0.0  # bytes per token of a tokenizer of this size made from this text; 0: unknown
 
 
 def prepare_tokens(data: DataConfig, tokenizer: Tokenizer, split: str, show_progress: bool = True) -> TokenFile:
@@ -54,21 +57,52 @@ def prepare_tokens(data: DataConfig, tokenizer: Tokenizer, split: str, show_prog
             found, reason = open_token_file(path, fingerprint)  # the other program may have built it
             if found is None:
                 print(f"tokens: {path.name}: {reason}, building it from {stories.name}")
-                build_token_file(stories, tokenizer, path, fingerprint, show_progress)
+                fresh = fresh_bytes_per_token(stories, tokenizer) if split == "train" else 0.0
+                build_token_file(stories, tokenizer, path, fingerprint, show_progress, fresh)
                 found, reason = open_token_file(path, fingerprint)
         if found is None:
             raise UserError(f"{path}: {reason} right after it was built: check this disk")
     else:
         print(f"tokens: {path.name}: reused")
-    print("tokens: " + describe_counts(found.counts))
+    print(f"tokens: {split}: {describe_tokens(found.counts)}, from {stories.name}")
+    held_out = "held out for validation" if split == "train" else "that are in the training split"
+    notes = describe_counts(found.counts, found.examples, held_out)
+    if found.counts.get("limited"):
+        notes += f"{'; ' * bool(notes)}only the first {data.max_stories:,} (data.max_stories), and there are more"
+    if notes:
+        print(f"tokens: {split}: {notes}")
+    bytes_per_token = found.counts["bytes"] / found.counts["tokens"]
+    if bytes_per_token < MISFIT * found.fresh:
+        print(f"warning: {data.tokenizer_path} was made from other text: {bytes_per_token:.2f} bytes per token, where "
+              f"one made from this text has {found.fresh:.2f}: set data.tokenizer_path to a new folder")
     return found
 
 
-def describe_counts(counts: dict[str, int]) -> str:
-    """One line: stories, tokens, bytes per token, and the percentage of articles among the tokens."""
+def describe_tokens(counts: dict[str, int]) -> str:
+    """Stories, tokens, bytes per token, and for English text the percentage of articles among the tokens."""
     stories, tokens = counted(counts["stories"], "story"), max(1, counts["tokens"])
-    return (f"{stories}, {counts['tokens']:,} tokens, {counts['bytes'] / tokens:.2f} bytes per token, "
-            f"articles {100 * counts['article_tokens'] / tokens:.1f}% of tokens (5-9% is healthy)")
+    line = f"{stories}, {counts['tokens']:,} tokens, {counts['bytes'] / tokens:.2f} bytes per token"
+    if not has_english(counts):
+        return line
+    return f"{line}, articles {100 * counts['article_tokens'] / tokens:.1f}% of tokens (5-9% is healthy)"
+
+
+def has_english(counts: dict[str, int]) -> bool:
+    """Whether the text is English, by its share of "the"; "a" is a word of other languages, too."""
+    return counts.get("the_tokens", counts["article_tokens"]) > 0.01 * counts["tokens"]
+
+
+def fresh_bytes_per_token(stories: Stories, tokenizer: Tokenizer) -> float:
+    """Bytes per token that a tokenizer of the same size reaches on the beginning of these stories, trained on it."""
+    total, start = 0, []
+    for story in stories:
+        start.append(story)
+        total += len(story)
+        if total > FRESH_CHARACTERS:
+            break
+    fresh = train_tokenizer(start, tokenizer.get_vocab_size(), show_progress=False)
+    tokens = sum(len(encoding.ids) for encoding in fresh.encode_batch(start, add_special_tokens=False))
+    return sum(len(story.encode("utf-8")) for story in start) / max(1, tokens)
 
 
 def make_fingerprint(stories: Stories, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -81,8 +115,12 @@ def open_token_file(path: Path, fingerprint: dict[str, Any]) -> tuple[TokenFile 
     """The token file if it is complete and has this fingerprint, else None and the reason."""
     try:
         header = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        counts = {key: int(header["counts"][key]) for key in COUNTS}
+        counts = {key: int(count) for key, count in header["counts"].items()} | {
+            key: int(header["counts"][key]) for key in COUNTS}
+        examples, fresh = dict(header.get("examples", {})), float(header.get("fresh", 0))
         found, digest = header["fingerprint"], str(header["digest"])
+        if header.pop("checksum", None) not in (None, checksum(header)):  # None: of an earlier version
+            raise ValueError
     except FileNotFoundError:
         return None, "missing" if not path.exists() else "half-written"
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -96,7 +134,7 @@ def open_token_file(path: Path, fingerprint: dict[str, Any]) -> tuple[TokenFile 
     tokens = np.memmap(path, dtype=dtype, mode="r")
     if digest != make_digest(tokens, counts):  # 2 GB/s: half a second for all of TinyStories
         return None, "damaged (its checksum is not what its .json says)"
-    return TokenFile(path, tokens, counts, digest), ""
+    return TokenFile(path, tokens, counts, digest, examples, fresh), ""
 
 
 def make_digest(tokens: np.ndarray, counts: dict[str, int]) -> str:
@@ -106,8 +144,13 @@ def make_digest(tokens: np.ndarray, counts: dict[str, int]) -> str:
     return digest.hexdigest()
 
 
+def checksum(header: dict[str, Any]) -> str:
+    """sha256 of the content of a .json."""
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode("utf-8")).hexdigest()
+
+
 def build_token_file(stories: Stories, tokenizer: Tokenizer, path: Path, fingerprint: dict[str, Any],
-                     show_progress: bool = True) -> None:
+                     show_progress: bool = True, fresh: float = 0.0) -> None:
     """Encode all stories into `path`, in bounded memory. If it is interrupted, no usable file remains."""
     header = path.with_suffix(".json")
     for name in (path.name, header.name):
@@ -117,20 +160,23 @@ def build_token_file(stories: Stories, tokenizer: Tokenizer, path: Path, fingerp
         file.flush()
         digest = make_digest(np.memmap(file.name, dtype=np.uint8, mode="r"), counts)
         header.unlink(missing_ok=True)  # so that there is never an old .json beside a new .bin
-    made = {"fingerprint": fingerprint, "counts": counts, "digest": digest}
+    made = {"fingerprint": fingerprint, "counts": counts, "examples": stories.counts.examples, "fresh": fresh,
+            "digest": digest}
     with atomic_write(header) as file:
-        file.write(json.dumps(made, indent=1).encode("utf-8"))
+        file.write(json.dumps({**made, "checksum": checksum(made)}, indent=1).encode("utf-8"))
 
 
 def _encode_all(stories: Stories, tokenizer: Tokenizer, file: BinaryIO, show_progress: bool) -> dict[str, int]:
-    articles, dtype = article_mask(tokenizer), _dtype(tokenizer).newbyteorder("<")
+    masks = {"article_tokens": article_mask(tokenizer), "the_tokens": article_mask(tokenizer, ["the"])}
+    dtype = _dtype(tokenizer).newbyteorder("<")
     encode, separator = make_encoder(tokenizer, dtype), np.array(tokenizer.token_to_id(END_OF_STORY), dtype).tobytes()
-    counts = {"tokens": 0, "article_tokens": 0}
+    counts = {"tokens": 0, "article_tokens": 0, "the_tokens": 0}
 
     def write(ids: bytes) -> None:
         array = np.frombuffer(ids, dtype)
         counts["tokens"] += len(array)
-        counts["article_tokens"] += int(articles[array].sum())
+        for key, mask in masks.items():
+            counts[key] += int(mask[array].sum())
         file.write(ids)
 
     with tqdm(total=stories.total_bytes, unit="B", unit_scale=True, desc="tokenize", leave=False,

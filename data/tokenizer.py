@@ -5,21 +5,27 @@ train_custom_tokenizer.py calls make_tokenizer(), which always trains one; train
 
 import itertools
 import json
+import re
 import sys
 import tempfile
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from config import Config, UserError
+from config.values import counted, one_line
 from data.atomic_files import atomic_write, file_lock, remove_partial_files
 from data.stories import open_stories
 
 END_OF_STORY = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_STORY, "<|padding|>", "<unk>")  # ids 0, 1, 2
 ARTICLES = ("a", "an", "the")
+SETTINGS = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_STORY, "eos_token": END_OF_STORY,
+            "pad_token": SPECIAL_TOKENS[1], "unk_token": SPECIAL_TOKENS[2], "clean_up_tokenization_spaces": False}
+LONG_WORD = re.compile(r"(?:[^\W\d_]{100}|\d{100}|(?:[^\w\s]|_){100})(?=\S)")
 REPORT_STORIES = 1_000  # held-out stories that tokenizer_report() measures
 
 
@@ -67,15 +73,15 @@ def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
     return lengths
 
 
-def article_mask(tokenizer: Tokenizer) -> np.ndarray:
-    """Which token ids are the word a, an or the, bool, shape (tokenizer's vocabulary size,).
+def article_mask(tokenizer: Tokenizer, articles: Sequence[str] = ARTICLES) -> np.ndarray:
+    """Which token ids are one of these words (a, an or the), bool, shape (tokenizer's vocabulary size,).
 
     These are " a" with the space before it, and a capital as at the start of a text or after a quotation mark ("The").
     A bare "a" does not count, since it is mostly a piece of a rarer word. In a vocabulary too small for the common
     words, " a" also begins some of those words, and counts there too.
     """
-    words = {"Ġ" + word for article in ARTICLES for word in (article, article.capitalize())}
-    words |= {article.capitalize() for article in ARTICLES}
+    words = {"Ġ" + word for article in articles for word in (article, article.capitalize())}
+    words |= {article.capitalize() for article in articles}
     mask = np.zeros(tokenizer.get_vocab_size(), dtype=bool)
     for token, index in tokenizer.get_vocab().items():
         mask[index] = token in words
@@ -97,23 +103,44 @@ def train_tokenizer(stories: Iterable[str], vocab_size: int, min_frequency: int 
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=min_frequency, show_progress=show_progress,
                                   special_tokens=list(SPECIAL_TOKENS),
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(stories, trainer)
+    _interruptible(lambda: tokenizer.train_from_iterator(map(_cut_long_words, stories), trainer))
     return tokenizer_from_json(tokenizer.to_str(), "the new tokenizer")
+
+
+def _cut_long_words(story: str) -> str:
+    """The story with line breaks in very long words (DNA, base64), which would make training quadratic."""
+    return LONG_WORD.sub("\\g<0>\n", story)
+
+
+def _interruptible(work: Callable[[], object]) -> None:
+    """Do the work in a thread, so that Ctrl-C need not wait until the library returns from it."""
+    errors = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if errors:
+        raise errors[0]
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write a tokenizer's folder. tokenizer.json is written last and atomically; without it there is no tokenizer."""
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_STORY, "eos_token": END_OF_STORY,
-                "pad_token": SPECIAL_TOKENS[1], "unk_token": SPECIAL_TOKENS[2], "clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(SETTINGS, indent=1), encoding="utf-8")
     with atomic_write(folder / "tokenizer.json") as file:
         file.write(tokenizer.to_str(pretty=True).encode("utf-8"))
 
 
 def tokenizer_report(tokenizer: Tokenizer, vocab_size: int, held_out: list[str]) -> list[str]:
-    """Lines to print: vocabulary size, bytes per token, ids of the articles, and the round trip of held-out stories."""
+    """Lines to print: vocabulary size; of held-out stories bytes per token, the round trip, and the articles' ids."""
     actual = tokenizer.get_vocab_size()
     size = f"vocabulary: {actual:,} tokens"
     if actual < vocab_size:
@@ -123,30 +150,59 @@ def tokenizer_report(tokenizer: Tokenizer, vocab_size: int, held_out: list[str])
     num_bytes = sum(len(story.encode("utf-8")) for story in held_out)
     num_tokens = sum(len(encoding.ids) for encoding in encodings)
     wrong = sum(tokenizer.decode(encoding.ids) != story for encoding, story in zip(encodings, held_out, strict=True))
+    if not held_out:
+        return [size]
+    number = counted(len(held_out), "held-out story")
+    lines = [size, f"bytes per token: {num_bytes / max(1, num_tokens):.2f} on {number}",
+             f"round trip: {len(held_out) - wrong:,} of {len(held_out):,} held-out stories are decoded byte for byte"]
+    words = " ".join(held_out).lower().split()
+    if words.count("the") < 0.01 * len(words):  # not English
+        return lines
     articles = []
     for article in (" a", " the", " an"):
         ids = tokenizer.encode(article, add_special_tokens=False).ids
         articles.append(f"'{article}' {ids[0]}" if len(ids) == 1 else f"'{article}' takes {len(ids)} tokens")
-    return [size, f"bytes per token: {num_bytes / max(1, num_tokens):.2f} on {len(held_out):,} held-out stories",
-            f"articles (good: one token each): {', '.join(articles)}",
-            f"round trip: {len(held_out) - wrong:,} of {len(held_out):,} held-out stories are decoded byte for byte"]
+    return [*lines, f"articles (good: one token each): {', '.join(articles)}"]
 
 
-def make_tokenizer(config: Config, folder: str | Path) -> Tokenizer:
-    """Train a tokenizer on the config's stories, save it to the folder, and print a report."""
+def check_empty(folder: Path) -> None:
+    """Raise UserError if the folder has files other than those that an interrupted save_tokenizer() leaves."""
+    found = [path.name for path in sorted(folder.iterdir())] if folder.is_dir() else []
+    found = [name for name in found if not name.startswith(".") and not name.endswith(".part")]
+    if found == ["tokenizer_config.json"]:
+        text = (folder / "tokenizer_config.json").read_text(encoding="utf-8", errors="replace")
+        found = [] if text == json.dumps(SETTINGS, indent=1) else found
+    if found:
+        raise UserError(f"{folder}: holds {one_line(', '.join(found))}, but no tokenizer.json, which is all that is "
+                        "read: convert that tokenizer with transformers (AutoTokenizer.from_pretrained(folder)"
+                        ".save_pretrained(new_folder)), or set data.tokenizer_path to a new folder")
+
+
+def make_tokenizer(config: Config, folder: str | Path, make: Callable[[Iterable[str]], Tokenizer] | None = None,
+                   ) -> Tokenizer:
+    """Train a tokenizer on the config's stories, save it to the folder, and print a report.
+
+    make: a function from the stories to the tokenizer, to use instead of train_tokenizer().
+    """
     folder = Path(folder).expanduser()
+    check_empty(folder)
     try:  # before the work, not after it
         tempfile.TemporaryFile(dir=next(place for place in (folder, *folder.parents) if place.exists())).close()
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to ({error.strerror}): set data.tokenizer_path (--output_dir) "
                         "to another folder") from None
-    stories = open_stories(config.data, "train")
-    print(f"tokenizer: training {config.model.vocab_size:,} tokens on at most {config.tokenizer.max_samples:,} stories "
-          f"of {stories.name}")
-    tokenizer = train_tokenizer(itertools.islice(stories, config.tokenizer.max_samples), config.model.vocab_size,
-                                config.tokenizer.min_frequency,
-                                config.training.show_progress and sys.stderr.isatty())
-    held_out = list(itertools.islice(open_stories(config.data, "validation"), REPORT_STORIES))
+    source = open_stories(config.data, "train")
+    print(f"tokenizer: {'choosing' if make else 'training'} {config.model.vocab_size:,} tokens on at most "
+          f"{config.tokenizer.max_samples:,} stories of {source.name}")
+    stories = itertools.islice(source, config.tokenizer.max_samples)
+    tokenizer = make(stories) if make else train_tokenizer(
+        stories, config.model.vocab_size, config.tokenizer.min_frequency,
+        config.training.show_progress and sys.stderr.isatty())
+    try:
+        held_out = list(itertools.islice(open_stories(config.data, "validation"), REPORT_STORIES))
+    except UserError as error:  # the tokenizer itself needs no validation split
+        print(f"note: no held-out stories to measure the tokenizer on ({error})")
+        held_out = []
     for line in tokenizer_report(tokenizer, config.model.vocab_size, held_out):
         print(f"tokenizer: {line}")
     save_tokenizer(tokenizer, folder)
