@@ -29,9 +29,10 @@ SETTINGS = [field.name for field in dataclasses.fields(SamplingConfig) if field.
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description="Generate stories with a trained model. Defaults are the sampling of its config.")
-    parser.add_argument("--checkpoint", type=Path, help="a .pth file (default: the newest under checkpoints/)")
+    parser.add_argument("--checkpoint", type=Path, help="a .pth file (default: the best model of the newest run under "
+                        "checkpoints/)")
     prompts = parser.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", default="Once upon a time there was", help="how the story begins (%(default)s)")
+    prompts.add_argument("--prompt", help="how the story begins (default: the first of sampling.prompts)")
     prompts.add_argument("--prompts_file", type=Path, metavar="FILE", help="a UTF-8 text file with one prompt a line")
     prompts.add_argument("--interactive", action="store_true", help="ask for one prompt after the other")
     parser.add_argument("--temperature", help="0: always the most likely token; higher: more varied")
@@ -40,6 +41,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--min_p", help="drop tokens below this fraction of the highest probability; 0: none")
     parser.add_argument("--repetition_penalty", help="above 1: tokens that occurred before become less likely")
     parser.add_argument("--max_new_tokens", help="the most tokens to generate after the prompt")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                        help="end a story before this text; may be given many times")
     parser.add_argument("--seed", help="story i of a prompt is sampled with seed + i")
     parser.add_argument("--num_samples", type=positive, default=1, help="how many stories of each prompt (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write each story as a line of JSON to a new file")
@@ -49,6 +52,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.interactive and args.num_samples > 1:
         raise UserError(f"--num_samples {args.num_samples}: must be 1 with --interactive")
+    if "" in args.stop:
+        raise UserError("--stop: found an empty text, expected one that ends a story")
     args.settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     change_settings(SamplingConfig(), args.settings, "--{} {}")  # checks them
     return args
@@ -61,11 +66,11 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from data.atomic_files import create_file, name_in_errors
-from data.readers import read_prompts
+from data.readers import SEPARATOR, read_prompts
 from data.tokenizer import tokenizer_from_json
 from device import choose_device
 from evaluation.checklist import GOOD_LOSS
-from inference.engine import Continuation, Story, encode_prompts, generate_stories
+from inference.engine import Continuation, Story, encode_prompts, find_stop, generate_stories
 from inference.packed_weights import choose_compute, pack
 from model import Transformer
 from training.checkpoints import BEST, load_checkpoint, model_from_checkpoint, newest_checkpoint
@@ -76,27 +81,35 @@ HELP = """Type the beginning of a story and press Enter (nothing: from scratch).
 /quit            leave (or Ctrl-D; on Windows Ctrl-Z and Enter)"""
 
 
-def print_as_it_grows(tokenizer: Tokenizer) -> Callable[[list[Continuation]], None]:
-    """A function that prints the new text of the one running story, but only whole characters."""
-    printed = 0
+def print_as_it_grows(tokenizer: Tokenizer, stops: Sequence[str] = ()) -> Callable[[list[Continuation]], None]:
+    """A function that prints the new text of the one running story: whole characters, and no part of a stop text."""
+    decoded, waiting = None, ""  # the number of new tokens in the text so far, and its end that is not printed yet
 
     def watch(running: list[Continuation]) -> None:
-        nonlocal printed
-        tokens = [*running[0].prompt, *running[0].new]
-        text = tokenizer.decode(tokens[printed:], skip_special_tokens=True)
-        if running[0].done or not text.endswith("\ufffd"):  # a token may end inside a character, which decodes to that
-            print(text, end="", flush=True)
-            printed = len(tokens)
+        nonlocal decoded, waiting
+        story = running[0]
+        if decoded is None:
+            print(tokenizer.decode(story.prompt, skip_special_tokens=True), end="")
+            decoded = 0
+        text = tokenizer.decode(story.new[decoded:], skip_special_tokens=True)
+        if story.done or not text.endswith("\ufffd"):  # a token may end inside a character, which decodes to that
+            decoded, waiting = len(story.new), waiting + text
+            beginnings = [stop[:length] for stop in stops for length in range(1, len(stop))]
+            held = max((len(text) for text in beginnings if waiting.endswith(text)), default=0)
+            end = find_stop(waiting, stops) if story.done else len(waiting) - held
+            print(waiting[:end], end="", flush=True)
+            waiting = waiting[end:] if end is not None else ""
 
     return watch
 
 
 def generate_and_print(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], sampling: SamplingConfig,
-                       seeds: Sequence[int], record: Callable[[str, int, Story], None]) -> None:
+                       seeds: Sequence[int], record: Callable[[str, int, Story], None], stops: Sequence[str] = (),
+                       ) -> None:
     """Print stories: a single one as it grows, many in order with a progress bar. Calls record() for each story."""
     single, start, done, waiting, following = len(prompts) == 1, time.perf_counter(), [], {}, 0
     lengths: dict[int, int] = {}  # tokens of each story so far
-    print_growing = print_as_it_grows(tokenizer) if single else lambda running: None
+    print_growing = print_as_it_grows(tokenizer, stops) if single else lambda running: None
 
     def watch(running: list[Continuation]) -> None:
         lengths.update((row.index, len(row.new)) for row in running)
@@ -104,7 +117,7 @@ def generate_and_print(model: Transformer, tokenizer: Tokenizer, prompts: Sequen
 
     progress = tqdm(total=len(prompts), desc="stories", unit="story", leave=False, disable=True if single else None)
     try:
-        for story in generate_stories(model, tokenizer, prompts, sampling, seeds, watch):
+        for story in generate_stories(model, tokenizer, prompts, sampling, seeds, watch, stops):
             record(prompts[story.index], seeds[story.index], story)
             done.append(story)
             progress.update()
@@ -128,7 +141,7 @@ def generate_and_print(model: Transformer, tokenizer: Tokenizer, prompts: Sequen
 
 
 def run_interactive(model: Transformer, tokenizer: Tokenizer, sampling: SamplingConfig,
-                    record: Callable[[SamplingConfig, str, int, Story], None]) -> None:
+                    record: Callable[[SamplingConfig, str, int, Story], None], stops: Sequence[str] = ()) -> None:
     """Read prompts and commands from standard input until it ends, and continue each prompt."""
     with contextlib.suppress(ImportError):  # Windows has no readline
         import readline  # noqa: F401  (importing it gives input() a history and editing)
@@ -148,8 +161,8 @@ def run_interactive(model: Transformer, tokenizer: Tokenizer, sampling: Sampling
                 raise UserError(f"{command}: unknown command; known: /set, /help, /quit")
             else:
                 try:
-                    generate_and_print(model, tokenizer, [line], sampling, [sampling.seed],
-                                       functools.partial(record, sampling))
+                    generate_and_print(model, tokenizer, tidy_prompts([line]), sampling, [sampling.seed],
+                                       functools.partial(record, sampling), stops)
                 except KeyboardInterrupt:
                     print("(stopped; /quit leaves)", file=sys.stderr)
                 sampling = dataclasses.replace(sampling, seed=sampling.seed + 1)
@@ -159,6 +172,18 @@ def run_interactive(model: Transformer, tokenizer: Tokenizer, sampling: Sampling
             print("\n(/quit leaves)", file=sys.stderr)
         except EOFError:
             return
+
+
+def tidy_prompts(prompts: Sequence[str]) -> list[str]:
+    """The prompts without spaces at their ends. Prints notes on standard error about what a model cannot continue."""
+    tidy = [prompt.rstrip(" ") for prompt in prompts]
+    if tidy != list(prompts):
+        print("note: spaces at the end of a prompt are left out, since a token begins with the space before its word",
+              file=sys.stderr)
+    if any(SEPARATOR in prompt for prompt in tidy):
+        print(f"note: {SEPARATOR} in a prompt is text like any other, which the model has not seen; leave it out: each "
+              "story begins after a separator already", file=sys.stderr)
+    return tidy
 
 
 def print_model(checkpoint: dict, path: Path) -> None:
@@ -173,11 +198,14 @@ def print_model(checkpoint: dict, path: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    typed = args.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # it may hold any bytes
-    prompts = read_prompts(args.prompts_file) if args.prompts_file else [typed]
+    prompts = read_prompts(args.prompts_file) if args.prompts_file else []
     device, path = choose_device(args.device), args.checkpoint or newest_checkpoint()
     checkpoint = load_checkpoint(path)
     sampling = change_settings(config_from_dict(checkpoint["config"], str(path)).sampling, args.settings, "--{} {}")
+    if not prompts:
+        typed = sampling.prompts[0] if args.prompt is None else args.prompt
+        prompts = [typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")]  # it may hold any bytes
+    prompts = tidy_prompts(prompts)
     tokenizer = tokenizer_from_json(checkpoint["tokenizer"], str(path))
     encode_prompts(tokenizer, prompts, checkpoint["config"]["model"]["max_seq_len"])  # checks them before --out opens
     print_model(checkpoint, path)
@@ -196,10 +224,10 @@ def main(args: argparse.Namespace) -> None:
                     print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
 
         if args.interactive:
-            return run_interactive(model, tokenizer, sampling, record)
+            return run_interactive(model, tokenizer, sampling, record, args.stop)
         seeds = [sampling.seed + number for _ in prompts for number in range(args.num_samples)]
         prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
-        generate_and_print(model, tokenizer, prompts, sampling, seeds, functools.partial(record, sampling))
+        generate_and_print(model, tokenizer, prompts, sampling, seeds, functools.partial(record, sampling), args.stop)
 
 
 if __name__ == "__main__":

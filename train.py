@@ -29,6 +29,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Config | None]:
     parser = Parser(description="Train a story-telling Llama.")
     add_config_arguments(parser, QUICKSTART)
     parser.add_argument("--num_epochs", type=positive, help="instead of training.num_epochs")
+    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), help="instead of hardware.device")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", type=Path, help="resume from this file; without --config, with its own config")
     source.add_argument("--resume", action="store_true", help="resume from the latest checkpoint in training.output_"
@@ -37,6 +38,8 @@ def parse_arguments() -> tuple[argparse.Namespace, Config | None]:
     args = parser.parse_args()
     if args.num_epochs:  # it replaces max_steps of the YAML, too
         args.overrides = ["training.max_steps=null", *args.overrides, f"training.num_epochs={args.num_epochs}"]
+    if args.device:
+        args.overrides.append(f"hardware.device={args.device}")
     if args.checkpoint and not args.config:
         return args, check_overrides(args.overrides)
     return args, load_config(args.config or QUICKSTART, args.overrides)
@@ -117,7 +120,7 @@ def train(run: Run, validation: TokenFile, total_steps: int) -> int:
             bar.update()
             if run.iter_num % training.logging_steps == 0 or run.iter_num == total_steps:
                 log_steps(run, bar)
-            if int(run.epoch) > epochs_done and training.keep_checkpoints:
+            if int(run.epoch) > epochs_done and training.keep_checkpoints and is_epoch_saved(run, epochs_done):
                 run.save(f"checkpoint_epoch_{int(run.epoch)}.pth")
             # save before an evaluation, which may fail; a run resumed from there only repeats the evaluation
             if run.iter_num % training.save_steps == 0 or is_evaluation_due(run, total_steps):
@@ -216,6 +219,12 @@ def is_evaluation_due(run: Run, total_steps: int) -> bool:
     return run.iter_num > run.evaluated and (at_end or run.iter_num % run.config.training.eval_steps == 0)
 
 
+def is_epoch_saved(run: Run, epochs_before: int) -> bool:
+    """Whether the epoch that ends at this step gets a file: at most one epoch in save_steps steps does."""
+    last_end = math.ceil(epochs_before * run.sequences_per_epoch / run.config.sequences_per_step)
+    return run.iter_num // run.config.training.save_steps > last_end // run.config.training.save_steps
+
+
 def is_finished(run: Run, total_steps: int) -> bool:
     """Whether all steps are done, or early stopping ended the run."""
     patience = run.config.training.early_stopping_patience
@@ -228,7 +237,7 @@ def prepare_device(run: Run, total_steps: int) -> Callable[[Tensor, Tensor], Ten
     """Choose precision, batch size and compilation, and print the plan. Returns the forward to train with."""
     keep_freed_memory()
     run.precision, precision_note = choose_precision(run.device, run.config.training.use_bf16,
-                                                             run.distributed.from_main)
+                                                     run.distributed.from_main)
     bf16, auto = run.precision is not contextlib.nullcontext, run.config.training.batch_size == "auto"
     run.config = choose_batch_size(run.config, run.model, run.device, run.distributed, bf16,
                                    lambda size: probe_batch(run, run.model, size))
@@ -241,6 +250,9 @@ def prepare_device(run: Run, total_steps: int) -> Callable[[Tensor, Tensor], Ten
             f"{run.sequences_per_epoch / per_step:,.1f} steps an epoch, {counted(total_steps, 'step')} in all "
             f"({total_steps * per_step / run.sequences_per_epoch:.2f} epochs), {describe_optimizer(run.config)}"]
     notes = schedule_notes(run.config, total_steps, run.iter_num, run.optimizer.param_groups[0]["lr"])
+    if run.sequences_per_epoch < per_step * min(training.save_steps, total_steps) and training.keep_checkpoints:
+        notes.append(f"an epoch is shorter than training.save_steps ({training.save_steps}): not every epoch gets a "
+                     "checkpoint_epoch_N.pth")
     print(*(f"plan: {line}" for line in plan), *(f"note: {note}" for note in notes), sep="\n")
     forward, compile_note = choose_compile(
         run.model, lambda compiled: probe_batch(run, compiled, training.batch_size), run.device, training.use_compile,

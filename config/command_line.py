@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from config.errors import UserError, one_line_errors
+from config.other_names import suggest
+from config.schema import SECTIONS
 
 REPO = Path(__file__).resolve().parent.parent
 QUICKSTART = REPO / "config" / "quickstart.yaml"
@@ -21,7 +24,20 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser that raises UserError, so that its errors look like all others."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the flags")
+        unknown = re.match(r"unrecognized arguments: (\S+) ?(\S*)", message)
+        advice = unknown and self._suggest_flag(*unknown.groups())
+        raise UserError(f"{message}; {advice or '--help lists the flags'}")
+
+    def _suggest_flag(self, argument: str, following: str) -> str | None:
+        """The way to give an argument that is a file without its flag, or a key of the YAML given as a flag."""
+        flags = {".yaml": "--config", ".yml": "--config", ".pth": "--checkpoint"}
+        if (flag := flags.get(Path(argument).suffix)) in self._option_string_actions:
+            return f"use {flag} {argument}"
+        name, _, value = argument.lstrip("-").partition("=")
+        key = suggest("", name.replace("-", "_").rpartition(".")[2], SECTIONS)
+        if argument.startswith("--") and key.startswith("use ") and "--set" in self._option_string_actions:
+            return f"use --set {key.removeprefix('use ')}={value or following or 'VALUE'}"
+        return None
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, default: Path) -> None:

@@ -10,11 +10,12 @@ import numpy as np
 
 from config import Config
 from data.batches import count_sequences
-from data.token_files import TokenFile
+from data.token_files import TokenFile, has_english
 from training.checkpoints import LATEST
 from training.schedule import learning_rate, schedule_notes
 
 GOOD_LOSS = 2.0  # nats per token; above it, a model on TinyStories still makes grammar mistakes
+MARGIN = 0.2  # share of a loss; smaller differences say nothing about the alignment of the labels
 
 
 class Check(NamedTuple):
@@ -68,6 +69,8 @@ def _check_data(checkpoint: dict[str, Any], config: Config, train_file: TokenFil
     else:
         checks.append(Check("bad", "tokenizer", f"{train_file.path.name} holds other tokens than it was trained on",
                             "all that is derived from the training text is of another text"))
+    if not has_english(train_file.counts):
+        return checks
     share = train_file.counts["article_tokens"] / len(train_file.tokens)
     healthy = 0.03 <= share <= 0.12
     return [*checks, Check("ok" if healthy else "look", "articles in the data", f"{share:.1%} of the training tokens",
@@ -93,7 +96,7 @@ def count_used(tokens: np.ndarray, vocab_size: int, chunk: int = 1 << 24) -> int
     return int(seen.sum())
 
 
-def check_likelihood(found: dict[str, Any], step: int, metrics: Sequence[dict]) -> list[Check]:
+def check_likelihood(found: dict[str, Any], step: int, metrics: Sequence[dict], vocab_size: int) -> list[Check]:
     """Checks of the loss, of whether it still falls, and of label alignment: which token the model predicts."""
     loss, trend = found["val_loss"], ""
     curve = [(entry["step"], entry["val_loss"]) for entry in metrics
@@ -105,10 +108,16 @@ def check_likelihood(found: dict[str, Any], step: int, metrics: Sequence[dict]) 
                else f"above {GOOD_LOSS} grammar is unsteady: train longer, on more stories, or a larger model")
     against = {"next": found["next_loss"], "one after": found["after_next_loss"], "present": found["present_loss"]}
     best = min(against, key=against.get)
+    # a model that has learned nothing is near ln(vocab_size), and with tied embeddings it repeats its input
+    if (best == "one after" and against[best] > (1 - MARGIN) * against["next"]) or (
+            best == "present" and against["next"] < (1 + MARGIN) * math.log(vocab_size)):
+        best = "none"
     meanings = {"next": "it predicts the next token, as it should",
                 "one after": "its labels were shifted twice: it skips every second word, articles first",
-                "present": "its labels were not shifted: it only repeats its input"}
+                "present": "its labels were not shifted: it only repeats its input",
+                "none": "no clear difference: it has not learned to predict this text"}
+    mark = {"next": "ok", "none": "look"}.get(best, "bad")
     return [Check("ok" if loss < GOOD_LOSS else "look", "loss", f"{loss:.4f} nats per token, the aim is under "
                   f"{GOOD_LOSS}{trend}", meaning),
-            Check("ok" if best == "next" else "bad", "label alignment", "loss against " + ", ".join(
+            Check(mark, "label alignment", "loss against " + ", ".join(
                   f"the {name} token {value:.2f}" for name, value in against.items()), meanings[best])]

@@ -1,7 +1,5 @@
 """The comparison of generated stories with references: a table of text metrics, each with a verdict."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -15,9 +13,10 @@ from evaluation.text_metrics import Learned, distinct, measure
 
 
 class Row(NamedTuple):
-    """A line of the table. tolerance: smaller differences are ignored, in the row's unit or relative to the reference.
+    """A row of the table.
 
-    low, high: what a lower or a higher figure of the model means; "" where it is no fault.
+    tolerance: differences up to this size are ignored; in the row's unit, or relative to the reference.
+    low, high: what a lower or a higher figure of the model means; "" where it is not a fault.
     """
 
     key: str
@@ -41,10 +40,11 @@ ROWS = (
     Row("distinct_3", "distinct-3, %", 100, 0.15, True, "less varied", "more varied"),
     Row("repeated", "repeated 4-grams in a story, %", 100, 1, False, "", "repeats itself"),
     Row("unknown", "words not in the training text, %", 100, 0.5, False, "", "makes up words"),
-    Row("run", "longest run copied, tokens", 1, 3, False, "", "copies more than stories share"),
-    Row("copied", "share of the story in that run, %", 100, 5, False, "", "partly memorised"),
+    Row("run", "longest run copied, tokens", 1, 3, False, "", "copies more than real stories do"),
+    Row("copied", "share of the story in that run, %", 100, 5, False, "", "partly memorized"),
     Row("quotes", "quotes that close, %", 100, 2, False, "quotes stay open"),
 )
+ENGLISH = ("articles", "has_article", "a_an", "bare_nouns")  # what only English text has
 
 
 def measure_passages(passages: Sequence[Passage], learned: Learned, tokenizer: Tokenizer, training: np.ndarray,
@@ -58,15 +58,16 @@ def measure_passages(passages: Sequence[Passage], learned: Learned, tokenizer: T
 
 
 def compare(passages: Sequence[Passage], references: Sequence[Passage], of_passages: Sequence[dict],
-                    of_references: Sequence[dict]) -> list[dict[str, Any]]:
+            of_references: Sequence[dict], english: bool = True) -> list[dict[str, Any]]:
     """The rows of the table: title, model, reference (numbers, or None where there is nothing to measure), verdict.
 
-    of_passages, of_references: their figures, from measure_passages(). A verdict is other than "ok" if the difference
-    is above the row's tolerance and, for means over stories, above two standard errors.
+    of_passages, of_references: the metrics from measure_passages(). A verdict differs from "ok" if the difference
+    exceeds the row's tolerance and, for ratios over stories, two standard errors. The rows of ENGLISH are left out if
+    the text is not English.
     """
     num_words = int(min(sum(figures["words"][0] for figures in side) for side in (of_passages, of_references)))
     table = []
-    for row in ROWS:
+    for row in (row for row in ROWS if english or row.key not in ENGLISH):
         if row.key.startswith("distinct"):
             n = int(row.key[-1])
             (found, error), (expected, spread) = (

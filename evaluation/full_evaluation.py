@@ -10,14 +10,14 @@ from tqdm import tqdm
 
 from config import Config, UserError
 from config.values import counted
-from data.token_files import TokenFile, prepare_tokens
+from data.token_files import TokenFile, has_english, prepare_tokens
 from data.tokenizer import tokenizer_from_json
 from device import choose_device, choose_precision
 from evaluation.checklist import check_likelihood, check_run
 from evaluation.comparison import compare, format_table, measure_passages
 from evaluation.likelihood import describe_likelihood, measure_likelihood
 from evaluation.references import Passage, choose_references, cut_reference, read_stories
-from evaluation.text_metrics import learn
+from evaluation.text_metrics import has_words, learn
 from inference.engine import generate_stories
 from inference.packed_weights import choose_compute, pack
 from model import Transformer
@@ -26,7 +26,6 @@ from training.metrics import METRICS, read_metrics
 
 LEARN_FROM = 30_000  # training stories from which words and nouns are learned
 CHOOSE_FROM = 20_000  # validation stories from which references are chosen
-
 
 
 def evaluate_checkpoint(config: Config, checkpoint_path: Path, show: Callable[[str], object], data: str | None = None,
@@ -50,14 +49,21 @@ def evaluate_checkpoint(config: Config, checkpoint_path: Path, show: Callable[[s
     result = {"checkpoint": str(checkpoint_path), "step": checkpoint["iter_num"], "epoch": checkpoint["epoch"],
               "data": data or "validation", "likelihood": likelihood}
     if train_file:
+        metrics = read_metrics(checkpoint_path.parent / METRICS)
         checks = [*check_run(checkpoint, checkpoint_path, config, train_file),
-                  *check_likelihood(likelihood, checkpoint["iter_num"], read_metrics(checkpoint_path.parent / METRICS))]
+                  *check_likelihood(likelihood, checkpoint["iter_num"], metrics, config.model.vocab_size)]
         result["checks"] = [check._asdict() for check in checks]
         show("\n".join(["", str(checkpoint_path), *map(str, checks)]))
-    show("\n" + describe_likelihood(likelihood, data or "validation split"))
+    show("\n" + describe_likelihood(likelihood, data or "validation split", has_english(validation.counts)))
     if train_file and num_stories:
         compute, _ = choose_compute("auto", device)
-        result |= compare_stories(pack(model, compute), tokenizer, config, train_file, validation, num_stories, show)
+        try:
+            compared = compare_stories(pack(model, compute), tokenizer, config, train_file, validation, num_stories,
+                                       show)
+        except UserError as error:  # what was measured so far is not lost
+            show(f"\nnote: stories were not compared: {error}")
+            return result
+        result |= compared
         stories = result["stories"]
         show(f"\n{counted(len(stories), 'story')}, compared with as many of the validation split that begin the same "
              f"way; the beginnings are not measured\n\n{format_table(result['table'])}")
@@ -80,12 +86,16 @@ def _validation_tokens(config: Config, tokenizer: Tokenizer, data: str | None) -
 
 def compare_stories(model: Transformer, tokenizer: Tokenizer, config: Config, train_file: TokenFile,
                     validation: TokenFile, num_stories: int, show: Callable[[str], object]) -> dict[str, Any]:
-    """Generate num_stories stories, or as many as there are references, and compare them with those references."""
+    """Generate num_stories stories, or as many as there are references, and compare them with those references.
+
+    Raises UserError if the text has no words or no references.
+    """
     real = list(read_stories(validation, tokenizer, CHOOSE_FROM))
+    if not has_words(real[:1000]):
+        raise UserError("the text has no spaces between its words, which the comparison counts")
     pairs = choose_references(real, config.sampling.prompts, num_stories)
     if not pairs:
-        raise UserError(f"{validation.path}: no story in it is long enough to be a reference: --num_stories 0 leaves "
-                        "the comparison out")
+        raise UserError(f"none of the {counted(len(real), 'validation story')} is long enough to be a reference")
     if len(pairs) < num_stories:
         show(f"\nnote: {counted(len(pairs), 'story')}, not {num_stories:,}: each is compared with a real story of the "
              f"same beginning, and {len(real):,} validation stories have no more of these beginnings")
@@ -97,7 +107,8 @@ def compare_stories(model: Transformer, tokenizer: Tokenizer, config: Config, tr
     described = [[{**passage._asdict(), **{key: list(value) for key, value in figures.items()}}
                   for passage, figures in zip(side, of_side, strict=True)]
                  for side, of_side in ((passages, measured), (references, expected))]
-    return {"table": compare(passages, references, measured, expected), "stories": described[0],
+    table = compare(passages, references, measured, expected, has_english(validation.counts))
+    return {"table": table, "stories": described[0],
             "references": described[1], "learned_from": learned.num_stories, "nouns": sorted(learned.nouns)}
 
 

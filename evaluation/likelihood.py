@@ -120,14 +120,16 @@ def position_in_story(inputs: Tensor, separator: int) -> Tensor:
     return torch.where(last >= 0, places - last + 1, 0)
 
 
-def describe_likelihood(found: dict[str, Any], name: str) -> str:
-    """The result of measure_likelihood() as text."""
+def describe_likelihood(found: dict[str, Any], name: str, english: bool) -> str:
+    """The result of measure_likelihood() as text; with its articles if the text is English."""
     positions = ", ".join(f"{row['first']}" + ("" if row["last"] == row["first"] else f"-{row['last'] or ''}")
                           + f": {row['loss']:.3f}" for row in found["by_position"])
+    articles = [
+        f"  articles ({found['articles']:,}): {found['article_loss']:.3f} nats per token, the most likely token is "
+        f"right in {found['article_accuracy']:.1%}; all other tokens: {found['other_loss']:.3f}"]
     return "\n".join([
         f"{name}: {found['tokens']:,} tokens, {found['bytes']:,} bytes, {found['characters']:,} characters",
         f"  {found['val_loss']:.4f} nats per token, perplexity {found['perplexity']:.2f}, "
         f"{found['bits_per_byte']:.4f} bits per byte, {found['bits_per_character']:.4f} bits per character",
-        f"  articles ({found['articles']:,}): {found['article_loss']:.3f} nats per token, the most likely token is "
-        f"right in {found['article_accuracy']:.1%}; all other tokens: {found['other_loss']:.3f}",
+        *(articles if english else []),
         f"  by position in the story: {positions}"])

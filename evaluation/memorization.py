@@ -1,38 +1,36 @@
-"""How much of a text was copied: its longest runs of tokens that stand word for word in the training text.
+"""How much of a story was copied: its longest run of tokens that occurs in the training text.
 
-Not the training text is indexed, which may be long, but the few stories in question: one pass over the token file (a
-memmap, so memory does not grow with it) looks every run of it up among theirs.
+The training text may be large, so the stories are indexed instead: one pass over the token file, a memmap, looks up
+each of its runs in that index. Memory does not grow with the training text.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
 from tqdm import tqdm
 
-SHORTEST = 8  # tokens; a run of fewer is found in any text of the kind, and reported as 0
-CHUNK = 1 << 20  # training tokens looked at together
+SHORTEST = 8  # tokens; shorter runs occur in any text of the kind, and are reported as 0
+CHUNK = 1 << 20  # training tokens searched at once
 BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no token is lost from a product modulo 2**64
 TABLE_BITS = 22
 
 
 def longest_runs(stories: Sequence[np.ndarray], training: np.ndarray, show_progress: bool = True) -> np.ndarray:
-    """The longest run of each story that stands in the training tokens, in tokens, int64, shape (len(stories),).
+    """The longest run of each story that occurs in the training tokens, in tokens, int64, shape (len(stories),).
 
     stories, training: token ids of one tokenizer, integers, 1-D. Runs shorter than SHORTEST count as 0. Runs are found
-    by a polynomial hash modulo 2**64 (Karp & Rabin, 1987), and compared token by token before they are believed.
+    by a polynomial hash modulo 2**64 (Karp & Rabin, 1987), then compared token by token.
     """
     longest = np.zeros(len(stories), dtype=np.int64)
     queries = _Queries([np.asarray(story).astype(np.uint64) for story in stories])
     if queries.longest_story < SHORTEST:
         return longest
     hashes, _ = queries.of_length(SHORTEST)
-    table = np.zeros(1 << TABLE_BITS, dtype=bool)  # which hashes can be among them: nearly all others fall out here
+    table = np.zeros(1 << TABLE_BITS, dtype=bool)  # a filter: the leading bits of each hash of the stories
     table[hashes >> np.uint64(64 - TABLE_BITS)] = True
     starts = range(0, max(0, len(training) - SHORTEST + 1), CHUNK)
-    for start in tqdm(starts, desc="memorised", unit="M tokens", leave=False, disable=None if show_progress else True):
-        # the runs that begin in this chunk may go on past its end
+    for start in tqdm(starts, desc="memorized", unit="M tokens", leave=False, disable=None if show_progress else True):
+        # a run that begins in this chunk may end after it
         tokens = np.asarray(training[start:start + CHUNK + queries.longest_story - 1]).astype(np.uint64)
         rolling = _hash_runs(tokens[:CHUNK + SHORTEST - 1], SHORTEST)
         places = np.flatnonzero(table[rolling >> np.uint64(64 - TABLE_BITS)])
@@ -41,7 +39,7 @@ def longest_runs(stories: Sequence[np.ndarray], training: np.ndarray, show_progr
 
 
 def _hash_runs(tokens: np.ndarray, length: int) -> np.ndarray:
-    """Hash of the run of `length` tokens (a power of two) at each place, uint64: h(xy) = h(x) BASE**len(y) + h(y)."""
+    """The hash of the `length` tokens (a power of two) from each place on, uint64: h(xy) = h(x) BASE**len(y) + h(y)."""
     hashes, done = tokens + np.uint64(1), 1
     while done < length:
         hashes = hashes[:-done] * np.uint64(pow(int(BASE), done, 2**64)) + hashes[done:]
@@ -50,7 +48,7 @@ def _hash_runs(tokens: np.ndarray, length: int) -> np.ndarray:
 
 
 class _Queries:
-    """The stories in question end to end, and the hashes of all their runs of a length, sorted."""
+    """The stories, concatenated, and the sorted hashes of all their runs of a given length."""
 
     def __init__(self, stories: list[np.ndarray]) -> None:
         self.flat = np.concatenate([*stories, np.zeros(0, np.uint64)])
@@ -60,7 +58,7 @@ class _Queries:
         self._by_length: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def of_length(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Hashes, sorted, and the place in flat of each; runs do not go from one story into the next."""
+        """The sorted hashes of the runs of this length, each within one story, and the place in `flat` of each."""
         if length not in self._by_length:
             if length == SHORTEST:
                 places = np.flatnonzero(self.left >= SHORTEST)
@@ -77,7 +75,7 @@ class _Queries:
 
 def _lengthen(tokens: np.ndarray, places: np.ndarray, hashes: np.ndarray, queries: _Queries, longest: np.ndarray,
               ) -> None:
-    """Follow the runs that begin at `places` of the tokens for as long as a story has them; update `longest`."""
+    """Extend the runs that begin at `places` of the tokens while a story contains them; update `longest`."""
     length = SHORTEST
     while len(places):
         known, known_places = queries.of_length(length)

@@ -1,9 +1,7 @@
 """References: real stories with the same beginnings, which generated stories are compared with.
 
-Texts are read back from token files, which hold them byte for byte; of long files, from places spread evenly.
+The texts are decoded from token files. In a long file, the stories are spread evenly over it.
 """
-
-from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,12 +14,12 @@ from tokenizers import Tokenizer
 from data.token_files import TokenFile
 from data.tokenizer import END_OF_STORY
 
-NUM_PROMPTS = 10  # beginnings that stories are told from
-BEGINNING = 5  # words of a beginning that is taken from the validation stories
+NUM_PROMPTS = 10  # different prompts of a comparison
+BEGINNING = 5  # words of a prompt that is taken from the validation stories
 
 
 class Passage(NamedTuple):
-    """A story without its beginning: what is measured. ended: by itself, it was not cut off."""
+    """A story without its prompt, which is not measured. ended: the story was not cut off."""
 
     prompt: str
     text: str
@@ -41,7 +39,7 @@ def read_stories(file: TokenFile, tokenizer: Tokenizer, count: int) -> Iterator[
 
 
 def _story_after(tokens: np.ndarray, place: int, separator: int, reach: int = 4096) -> np.ndarray:
-    """The first whole story from a place on; nothing, if there is none."""
+    """The first whole story after a place; an empty array if there is none."""
     while True:
         ends = np.flatnonzero(tokens[place:place + reach] == separator)
         if len(ends) > 1:
@@ -52,10 +50,10 @@ def _story_after(tokens: np.ndarray, place: int, separator: int, reach: int = 40
 
 
 def choose_references(stories: Sequence[str], prompts: Sequence[str], count: int) -> list[tuple[str, str]]:
-    """Pairs of a beginning and a story that begins so, `count` of them or as many as there are.
+    """At most `count` pairs of a prompt and a story that begins with it.
 
-    The beginnings are those of `prompts` that any story begins with, and then, up to NUM_PROMPTS, the commonest first
-    BEGINNING words of the stories. Each is used as often as any other, as long as there are stories for it.
+    The prompts are those of `prompts` that a story begins with, then, up to NUM_PROMPTS, the most common first
+    BEGINNING words of the stories. Each is used equally often, as long as there are stories for it.
     """
     common = Counter(" ".join(words) for story in stories if len(words := story.split(" ")[:BEGINNING]) == BEGINNING)
     chosen = [prompt for prompt in prompts if any(story.startswith(prompt) for story in stories)]
@@ -84,6 +82,6 @@ def choose_references(stories: Sequence[str], prompts: Sequence[str], count: int
 
 
 def cut_reference(prompt: str, story: str, tokenizer: Tokenizer, limit: int) -> Passage:
-    """The story without its beginning, and cut off after `limit` tokens, where the model would be."""
+    """The story without its prompt, cut off after `limit` tokens, as the model's stories are."""
     ids = tokenizer.encode(story[len(prompt):], add_special_tokens=False).ids
     return Passage(prompt, tokenizer.decode(ids[:limit]), len(ids) < limit)  # a model must also have room for the end

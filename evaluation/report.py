@@ -4,8 +4,6 @@ The page has no script and loads nothing: matplotlib draws the curves, the page 
 colours for a light or a dark screen. If evaluate.py wrote an evaluation.json, the page shows its table too.
 """
 
-from __future__ import annotations
-
 import html
 import io
 import json
@@ -20,6 +18,7 @@ from evaluation.text_metrics import ARTICLES
 from training.metrics import METRICS, read_metrics
 from training.run_folder import EVALUATION, PICTURE, REPORT
 
+STYLE = Path(__file__).with_name("report.css")
 MAX_POINTS, MAX_SAMPLES = 2000, 60  # of a curve, and of evaluations in the time line; more are thinned out evenly
 # in report.html, CSS replaces these colours by those of the screen's theme; loss.png keeps them
 INK, GRID = "#202124", "#dadce0"
@@ -27,29 +26,6 @@ COLOURS = {"train": "#9aa0a6", "validation": "#1a66c2", "articles": "#d9730d", "
 FIGURES = (("val_loss", "validation loss, nats per token"), ("perplexity", "perplexity"),
            ("bits_per_byte", "bits per byte"), ("article_loss", "articles, nats per token"),
            ("other_loss", "other tokens, nats per token"))
-STYLE = """
-:root { color-scheme: light dark; --ink: #202124; --grid: #dadce0; --page: #fff; --soft: #5f6368; --box: #f4f5f7;
-  --train: #9aa0a6; --validation: #1a66c2; --articles: #d9730d; --other-tokens: #1e8e4e }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e6ea; --grid: #3a3d43; --page: #15171a; --soft: #a0a5ad;
-  --box: #1e2126; --train: #7d838b; --validation: #6fb1f5; --articles: #f5a04c; --other-tokens: #62c98d } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 1200px; padding: 1rem; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.5rem; margin: .5rem 0; overflow-wrap: anywhere } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
-p, li { margin: .2rem 0 } .soft { color: var(--soft) }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .75rem .25rem 0; text-align: right; border-bottom: 1px solid var(--grid) }
-@media (max-width: 500px) { table { font-size: .85rem } th, td { padding-right: .4rem } }
-th { font-weight: 600 } th:first-child, td:first-child, #verdicts :is(th, td):last-child { text-align: left }
-details { margin: 1rem 0 }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 1rem }
-figure { margin: 0; min-width: 0 } figcaption { font-weight: 600 } svg { width: 100%; height: auto; display: block }
-pre { background: var(--box); padding: .75rem; overflow-x: auto; font-size: .85rem } summary { cursor: pointer }
-.moment { border-left: 3px solid var(--validation); padding-left: .9rem; margin: 1.2rem 0 }
-.stories { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: .8rem }
-.story { background: var(--box); padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .9rem;
-  max-height: 22rem; overflow-y: auto } mark { background: none; color: var(--articles); font-weight: 700 }
-"""
 
 
 def update_report(folder: Path) -> str | None:
@@ -82,7 +58,8 @@ def write_report(folder: Path) -> None:
     page = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(folder.name)}</title>'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-            f"<style>{STYLE}</style></head><body>\n<h1>{html.escape(folder.name)}</h1>\n" + _top(folder, entries)
+            f"<style>\n{STYLE.read_text(encoding='utf-8')}</style></head><body>\n<h1>{html.escape(folder.name)}</h1>\n"
+            + _top(folder, entries)
             + '\n<h2>Curves</h2>\n<div class="charts">' + "\n".join(figures) + "</div>\n" + _time_line(entries)
             + "\n</body></html>\n")
     with atomic_write(folder / REPORT) as file:
@@ -173,7 +150,7 @@ def _top(folder: Path, entries: Sequence[dict]) -> str:
     if rows:
         parts.append(_table("figures", ["", *(title for title, _ in rows)], [
             ["step", *(f"{entry['step']:,}" for _, entry in rows)],
-            *([title, *(f"{entry[key]:.4f}" for _, entry in rows)] for key, title in FIGURES)]))
+            *([title, *(f"{entry[key]:.4f}" for _, entry in rows)] for key, title in FIGURES if key in rows[0][1])]))
     if (evaluation := _read_evaluation(folder / EVALUATION)) is not None:
         parts.append(f"<h2>Did it work?</h2><p>evaluate.py, step {evaluation['step']:,}: "
                      f"{len(evaluation['stories'])} stories compared with as many real ones</p>")
@@ -207,14 +184,16 @@ def _time_line(entries: Sequence[dict]) -> str:
     """The sample stories of each evaluation, in order, with the articles marked."""
     moments = [entry for entry in _of(entries, "evaluation") if entry.get("samples")]
     shown = _thin(moments, MAX_SAMPLES)
-    parts = ["<h2>Stories as grammar arrives</h2>",
-             f'<p class="soft">Always from the same prompts and the same seed; <mark>articles</mark> are marked. '
-             f"{len(shown)} of {len(moments)} evaluations are shown.</p>"]
+    english = any("article_loss" in entry for entry in shown)
+    parts = ["<h2>Stories as grammar arrives</h2>", '<p class="soft">Always from the same prompts and the same seed'
+             + ("; <mark>articles</mark> are marked" if english else "")
+             + f". {len(shown)} of {len(moments)} evaluations are shown.</p>"]
     words = re.compile(rf"\b({'|'.join(sorted(ARTICLES))})\b", re.I)
     for entry in shown:
-        stories = [words.sub(r"<mark>\1</mark>", html.escape(text)) for text in entry["samples"]]
+        stories = [words.sub(r"<mark>\1</mark>" if english else r"\1", html.escape(text)) for text in entry["samples"]]
         boxes = "".join(f'<div class="story">{story}</div>' for story in stories)
-        parts.append(f'<section class="moment"><p><b>step {entry["step"]:,}</b>, epoch {entry["epoch"]:.2f}: '
-                     f"validation loss {entry['val_loss']:.3f}, articles {entry['article_loss']:.3f}, other tokens "
-                     f'{entry["other_loss"]:.3f}</p><div class="stories">{boxes}</div></section>')
+        losses = f"validation loss {entry['val_loss']:.3f}" + (
+            f", articles {entry['article_loss']:.3f}, other tokens {entry['other_loss']:.3f}" if english else "")
+        parts.append(f'<section class="moment"><p><b>step {entry["step"]:,}</b>, epoch {entry["epoch"]:.2f}: {losses}'
+                     f'</p><div class="stories">{boxes}</div></section>')
     return "\n".join(parts) if moments else ""

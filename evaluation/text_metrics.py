@@ -1,15 +1,14 @@
-"""Measures of story texts: what grammar, variety and copying look like in numbers. No model, no torch.
+"""Metrics of story texts: numbers for grammar, variety and repetition. They need no model.
 
-    nouns = learn(training_texts)            # what the training text teaches: its words, its nouns
-    per_story = [measure(text, nouns, ended) for text in texts]
+    learned = learn(training_texts)          # the words of the training text, and its count nouns
+    per_story = [measure(text, learned, ended) for text in texts]
 
-measure() gives every figure as a pair (numerator, denominator), so that a share over many stories is the sum of the one
-over the sum of the other: long stories count for as much as they are long.
+measure() returns each metric as a pair (numerator, denominator). The ratio over many stories is the sum of the
+numerators over the sum of the denominators, so that a story counts in proportion to its length.
 """
 
-from __future__ import annotations
-
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -19,21 +18,25 @@ ARTICLES = frozenset(("a", "an", "the"))
 DETERMINERS = ARTICLES | set(
     "this that these those my your his her its our their some any no each every another either neither much many more "
     "most several few all both enough such what which whose one two three four five six seven eight nine ten".split())
-# words that no noun phrase contains: from a noun backwards, its determiner stands before the first of them or nowhere
+# words that no noun phrase contains; the search for a noun's determiner, from the noun backwards, stops at them
 OUTSIDE = frozenset(
     "i you he she it we they me him us them who there here of in on at to from with by for about into onto over under "
     "near behind between through across around up down out off inside outside like as than and or but so because if "
     "when while then is was are were be been am do does did has have had can could will would should must may might "
     "not very too just said asked saw went had got".split())
-LETTERS = r"[^\W\d_]+"
+# Python's \w has no combining marks, which are the vowels of Hindi and many other scripts
+MARKS = "".join(chr(code) for code in range(0x300, 0xAC00) if unicodedata.category(chr(code)) in ("Mn", "Mc"))
+LETTERS = rf"[^\W\d_](?:[^\W\d_]|[{MARKS}])*"
 TOKEN = re.compile(rf"{LETTERS}(?:['’-]{LETTERS})*|\d+|[^\w\s]")
-# spelled with a vowel and said with a consonant ("a unicorn", "a one-eyed cat"), and the other way round ("an hour")
+# scripts without spaces between words: Thai to Tibetan, Burmese, Khmer, Chinese and Japanese
+WITHOUT_SPACES = re.compile("[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+# spelled with a vowel but pronounced with a consonant ("a unicorn", "a one-eyed cat"), and the reverse ("an hour")
 SAID_WITH_CONSONANT = re.compile(r"(?:uni(?!n|m)|us(?:e|u)|eu|ewe|one(?![a-z])|once|ufo|ukulele|utensil)")
 SAID_WITH_VOWEL = re.compile(r"(?:hour|honest|honou?r|heir|herb)")
 
 
 class Learned(NamedTuple):
-    """What learn() took from the training text: its words, and the nouns that nearly always carry a determiner."""
+    """What learn() found in the training text: its words, and the nouns that nearly always have a determiner."""
 
     words: frozenset[str]
     nouns: frozenset[str]
@@ -41,8 +44,14 @@ class Learned(NamedTuple):
 
 
 def split_words(text: str) -> list[str]:
-    """Words as they are written, and each punctuation mark as one more."""
+    """The words and the punctuation marks of a text, in order."""
     return TOKEN.findall(text.replace("’", "'"))
+
+
+def has_words(texts: Iterable[str]) -> bool:
+    """Whether spaces separate the words of these texts, as they do not in Chinese, Japanese and Thai."""
+    text = "".join(texts)
+    return 2 * len(WITHOUT_SPACES.findall(text)) < sum(map(str.isalpha, text))
 
 
 def is_word(token: str) -> bool:
@@ -50,8 +59,10 @@ def is_word(token: str) -> bool:
 
 
 def has_determiner(tokens: Sequence[str], index: int) -> bool:
-    """Does the noun at `index` carry one: the, her, two, Tom's ..., with at most three words between, as in "a big,
-    red rubber ball"?"""
+    """Whether the noun at `index` has a determiner: the, her, two, Tom's ...
+
+    At most three words may stand between the two, as in "a big, red rubber ball".
+    """
     steps = 0
     for token in reversed(tokens[max(0, index - 7):index]):
         if token == ",":
@@ -66,11 +77,11 @@ def has_determiner(tokens: Sequence[str], index: int) -> bool:
 
 
 def learn(texts: Iterable[str], min_count: int = 20, share: float = 0.95) -> Learned:
-    """The words of the training text, and its nouns that seldom stand bare.
+    """The words of the training text, and its nouns that seldom lack a determiner.
 
-    A noun here is a word seen min_count times or more that in `share` of its places has a determiner before it and in
-    most is followed by something that is outside of a noun phrase: so "park" is one, and "big" is not. No part of
-    speech is given; names, plurals and verbs fall out since they often stand without a determiner.
+    A word counts as such a noun if it occurs at least min_count times, has a determiner in `share` of its occurrences,
+    and is followed by a word outside of the noun phrase in most: "park" is one, "big" is not. Names, plurals and verbs
+    often occur without a determiner, so they are not in the list.
     """
     seen, with_determiner, ends_phrase, words, num_stories = Counter(), Counter(), Counter(), set(), 0
     for text in texts:
@@ -93,12 +104,12 @@ def learn(texts: Iterable[str], min_count: int = 20, share: float = 0.95) -> Lea
 
 
 def is_name(tokens: Sequence[str], index: int) -> bool:
-    """Is the word capitalised in the midst of a sentence?"""
+    """Whether the word is capitalized inside a sentence."""
     return tokens[index][0].isupper() and index > 0 and (is_word(tokens[index - 1]) or tokens[index - 1] == ",")
 
 
 def begins_with_vowel_sound(word: str) -> bool:
-    """Is "an" right before it? By spelling, with the exceptions of stories: an hour, a unicorn, a one-eyed cat."""
+    """Whether "an" is right before the word: by its spelling, with exceptions such as an hour and a unicorn."""
     word = word.lower().split("-")[0]
     if len(word) == 1:  # the name of a letter: an X, an x-ray
         return word in "aefhilmnorsx"
@@ -108,7 +119,7 @@ def begins_with_vowel_sound(word: str) -> bool:
 
 
 def right_a_an(tokens: Sequence[str]) -> tuple[int, int]:
-    """How many of the a and an before a word are the right one, and how many there are."""
+    """How many of the a and an before a word are right, and how many there are."""
     right = total = 0
     for article, after in pairwise(tokens):
         if article.lower() in ("a", "an") and is_word(after):
@@ -118,7 +129,7 @@ def right_a_an(tokens: Sequence[str]) -> tuple[int, int]:
 
 
 def bare_nouns(tokens: Sequence[str], nouns: frozenset[str]) -> tuple[int, int]:
-    """How many of the learned nouns stand without a determiner, and how many there are."""
+    """How many of the learned nouns lack a determiner, and how many of these nouns there are."""
     bare = total = 0
     for index, token in enumerate(tokens):
         if token.lower() in nouns and not is_name(tokens, index):
@@ -132,16 +143,16 @@ def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def repeated_4grams(words: Sequence[str]) -> tuple[int, int]:
-    """How many runs of four words stood earlier in the story (seq-rep-4: Welleck et al., 2020), and all of them."""
+    """How many 4-grams occurred earlier in the story, and how many there are (seq-rep-4: Welleck et al., 2020)."""
     grams = ngrams(words, 4)
     return len(grams) - len(set(grams)), len(grams)
 
 
 def closed_quotes(text: str, ended: bool = True) -> tuple[int, int]:
-    """How many quotes close before their paragraph ends, and how many open. “ ” and the straight mark are both known.
+    """How many quotes close before their paragraph ends, and how many there are; “ ” and straight marks.
 
-    A closing mark that nothing opened counts as a quote that does not close. The quote in which a story was cut off
-    (ended: False) does not count.
+    A closing mark without an opening one counts as a quote that does not close. If the story was cut off
+    (ended: False), the quote at its end does not count.
     """
     closed = total = 0
     paragraphs = text.split("\n")
@@ -158,11 +169,11 @@ def closed_quotes(text: str, ended: bool = True) -> tuple[int, int]:
 
 
 def measure(text: str, learned: Learned, ended: bool = True) -> dict[str, tuple[float, float]]:
-    """Every measure of one story as (numerator, denominator). ended: false if the story was cut off.
+    """Each metric of one story as (numerator, denominator). ended: false if the story was cut off.
 
-    articles: of all words. has_article: 1 of 1 if there is any. a_an: right ones. bare_nouns: of the learned nouns that
-    are there. words: of 1 story. ended: 1 of 1. repeated: 4-grams that stood before. unknown: words that the training
-    text does not have. quotes: those that close.
+    articles: of all words. has_article: 1 of 1 if there is any. a_an: right ones. bare_nouns: of the learned nouns in
+    the story. words: of 1 story. ended: 1 of 1. repeated: 4-grams that occurred before. unknown: words that the
+    training text does not have. quotes: those that close.
     """
     tokens = split_words(text)
     words = [token.lower() for token in tokens if is_word(token)]
@@ -175,9 +186,10 @@ def measure(text: str, learned: Learned, ended: bool = True) -> dict[str, tuple[
 
 
 def distinct(texts: Sequence[str], n: int, num_words: int) -> tuple[int, int]:
-    """How many different runs of n words the stories have, and how many runs (distinct-n: Li et al., 2016).
+    """How many different n-grams the stories have, and how many n-grams (distinct-n: Li et al., 2016).
 
-    The share falls as text grows, so only the first num_words words count: give both sides of a comparison the same.
+    The ratio falls with the length of the text, so only the first num_words words count; both sides of a comparison
+    need the same num_words.
     """
     grams = []
     for text in texts:

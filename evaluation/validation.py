@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from config import Config
 from data.batches import IGNORED, read_batch, validation_sequences
-from data.token_files import TokenFile
+from data.token_files import TokenFile, has_english
 from data.tokenizer import article_mask, token_byte_lengths
 from model import Transformer
 from training.distributed import SINGLE_PROCESS, DistributedContext
@@ -23,8 +23,8 @@ def evaluate(model: Transformer, validation: TokenFile, tokenizer: Tokenizer, co
     """A pass over fixed sequences of the validation split: all, with the incomplete last one, or `limit` of them.
 
     Each process evaluates its part of the sequences, and all return the whole result: val_loss (nats per token),
-    perplexity, bits_per_byte (of the text: the bits of separators count, but separators have no bytes), article_loss
-    and other_loss (nats per token whose target is an article, or is not), val_tokens.
+    perplexity, bits_per_byte (of the text: the bits of separators count, but separators have no bytes), val_tokens,
+    and of English text article_loss and other_loss (nats per token whose target is an article, or is not).
     """
     seq_len, batch_size = config.model.max_seq_len, config.evaluation_batch
     sequences = validation_sequences(len(validation.tokens), seq_len, limit)[distributed.rank::distributed.world_size]
@@ -46,14 +46,18 @@ def evaluate(model: Transformer, validation: TokenFile, tokenizer: Tokenizer, co
     total = distributed.sum(torch.stack(sums).cpu().double().sum(dim=0))  # (5,)
     nats, tokens, num_bytes, article_nats, article_tokens = total.tolist()
     loss = nats / tokens
-    return {"val_loss": loss, "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": nats / math.log(2) / max(1.0, num_bytes),
-            "article_loss": article_nats / max(1.0, article_tokens),
-            "other_loss": (nats - article_nats) / max(1.0, tokens - article_tokens), "val_tokens": int(tokens)}
+    result = {"val_loss": loss, "perplexity": math.exp(min(loss, 700.0)),
+              "bits_per_byte": nats / math.log(2) / max(1.0, num_bytes), "val_tokens": int(tokens)}
+    if has_english(validation.counts):
+        result |= {"article_loss": article_nats / max(1.0, article_tokens),
+                   "other_loss": (nats - article_nats) / max(1.0, tokens - article_tokens)}
+    return result
 
 
 def describe_evaluation(result: dict[str, float]) -> str:
     """The result of evaluate() as one line."""
+    articles = ""
+    if "article_loss" in result:
+        articles = f"; articles {result['article_loss']:.3f}, other tokens {result['other_loss']:.3f}"
     return (f"validation loss {result['val_loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}, "
-            f"{result['bits_per_byte']:.4f} bits per byte; articles {result['article_loss']:.3f}, "
-            f"other tokens {result['other_loss']:.3f}")
+            f"{result['bits_per_byte']:.4f} bits per byte{articles}")

@@ -162,7 +162,8 @@ class Story(NamedTuple):
     """A generated story.
 
     index: of its prompt and seed among those given. text: prompt and continuation. tokens: the new ones, ids.
-    log_probability: their mean, nats, by the model's own distribution (temperature 1). ended: by END_OF_STORY.
+    log_probability: their mean, nats, by the model's own distribution (temperature 1). ended: by END_OF_STORY or by a
+    stop text, which the text does not include.
     """
 
     index: int
@@ -185,21 +186,32 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], context: int) -
 
 def generate_stories(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], sampling: SamplingConfig,
                      seeds: Sequence[int], watch: Callable[[list[Continuation]], None] | None = None,
-                     ) -> Iterator[Story]:
+                     stops: Sequence[str] = ()) -> Iterator[Story]:
     """Generate a story for each prompt and its seed, in the order in which they are done. A prompt may be empty.
 
     watch: called with the running continuations every few tokens; with a single prompt, after each token.
+    stops: texts that end a story where the first of them occurs after the prompt.
     Raises UserError if a prompt fills the model's context.
     """
     end, encoded = tokenizer.token_to_id(END_OF_STORY), encode_prompts(tokenizer, prompts, model.config.max_seq_len)
-    check_every = 1 if watch is not None and len(prompts) == 1 else CHECK_EVERY
+    check_every = 1 if stops or (watch is not None and len(prompts) == 1) else CHECK_EVERY
+    reach = max((len(stop.encode("utf-8")) for stop in stops), default=0)  # a stop text has at most so many tokens
     for running in generate_tokens(model, encoded, seeds, end, tokenizer.get_vocab_size(), sampling, check_every):
+        for row in running if stops else ():
+            row.done |= find_stop(tokenizer.decode(row.new[-reach:]), stops) is not None
         if watch is not None:
             watch(running)
         for row in running:
             if row.done:
-                text = tokenizer.decode([*row.prompt, *row.new], skip_special_tokens=True)
-                yield Story(row.index, text, row.new, row.log_probability / len(row.new), row.new[-1] == end)
+                new = tokenizer.decode(row.new, skip_special_tokens=True)
+                stop = find_stop(new, stops)
+                yield Story(row.index, tokenizer.decode(row.prompt, skip_special_tokens=True) + new[:stop], row.new,
+                            row.log_probability / len(row.new), row.new[-1] == end or stop is not None)
+
+
+def find_stop(text: str, stops: Sequence[str]) -> int | None:
+    """The place of the first of the stop texts in a text, or None."""
+    return min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)
 
 
 def generate_samples(model: Transformer, tokenizer: Tokenizer, sampling: SamplingConfig) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from config import Config, UserError, config_from_dict
 from data.atomic_files import atomic_write
+from data.cleaning import CLEANING_VERSION
 from model import Transformer
 
 FORMAT = 2
@@ -61,6 +62,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     content = {key: value for key, value in checkpoint.items() if key not in ("format", "digest")}
     if checkpoint.get("digest") != content_digest(content):  # torch does not notice a damaged directory of the zip file
         raise UserError(damaged)
+    if isinstance(data := checkpoint["config"].get("data"), dict):  # earlier versions stored it; model has the same key
+        data.pop("max_seq_len", None)
     return checkpoint
 
 
@@ -84,11 +87,14 @@ def content_digest(content: Any) -> str:
 
 
 def newest_checkpoint(folder: Path = Path("checkpoints")) -> Path:
-    """The .pth file under `folder` that was written last, except in the folders of earlier runs (previous/)."""
+    """The best model of the newest run under `folder`, except in previous/; a run without one has its last checkpoint.
+    """
     files = [path for path in folder.rglob("*.pth") if PREVIOUS not in path.relative_to(folder).parts]
     if not files:
         raise UserError(f"{folder}: no checkpoint here; train one with python train.py, or name one with --checkpoint")
-    return max(files, key=lambda path: path.stat().st_mtime_ns)
+    newest = max(files, key=lambda path: path.stat().st_mtime_ns)
+    best = newest.with_name(BEST)
+    return best if best in files else newest
 
 
 def model_from_checkpoint(checkpoint: dict[str, Any], source: str | Path, device: torch.device | str) -> Transformer:
@@ -126,6 +132,10 @@ def check_resumable(checkpoint: dict[str, Any], source: Path, config: Config, tr
         raise UserError(f"{source}: cannot be resumed, since it lacks {', '.join(missing)}: an early version of this "
                         "project wrote it; it still works with generate.py")
     if train_digest not in (None, checkpoint["train_digest"]):
+        if config.data.clean and checkpoint.get("cleaning_version", 1) != CLEANING_VERSION:
+            raise UserError(f"{source}: was trained on stories as an earlier version of this project cleaned them, and "
+                            "this version cleans them differently: finish the run with the version that started it, or "
+                            "train a new model")
         raise UserError(f"{source}: was trained on other stories than the training tokens hold now: restore its "
                         "data.dataset and its files, or train a new model on these")
     check_model(checkpoint, source, config)

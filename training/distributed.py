@@ -7,6 +7,7 @@ Each process trains on its part of every step's micro-batches. What one process 
 
 import contextlib
 import datetime
+import gc
 import hashlib
 import os
 import warnings
@@ -125,4 +126,7 @@ def init_distributed(device: torch.device) -> Iterator[DistributedContext]:
             raise
         raise UserError(f"rank {dist.get_rank()}: another process has exited; its message says why") from None
     finally:
+        # free the DistributedDataParallel, a cycle of references: it keeps the group's threads, which could otherwise
+        # ask for Python's lock while Python exits, and abort the process
+        gc.collect()
         dist.destroy_process_group()

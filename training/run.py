@@ -17,6 +17,7 @@ from tqdm import tqdm
 from config import Config, UserError
 from config.values import indented
 from data.batches import count_sequences, dropout_seed, read_batch, training_sequences
+from data.cleaning import CLEANING_VERSION
 from data.token_files import TokenFile
 from model import Transformer
 from training.checkpoints import BEST, LATEST, RUN_STATE, load_weights
@@ -65,6 +66,7 @@ class Run:
         """What a checkpoint stores."""
         return {"model": self.model.state_dict(), "config": self.config.to_dict(), "tokenizer": self.tokenizer.to_str(),
                 "epoch": self.epoch, "optimizer": self.optimizer.state_dict(), "train_digest": self.train_file.digest,
+                "cleaning_version": CLEANING_VERSION,
                 "metrics_size": self.folder.metrics_size, **{name: getattr(self, name) for name in RUN_STATE}}
 
     def restore(self, checkpoint: dict[str, Any], source: Path) -> None:
