@@ -26,7 +26,8 @@ def test_the_table_of_keys_is_the_schema():
         with pytest.raises(ValueError) as caught:
             _check_value(object(), hint)
         assert kind == str(caught.value), f"{section}.{key}"
-        assert _check_value(parse_yaml(default, ""), hint) == getattr(sections[section], key), f"{section}.{key}"
+        value = parse_yaml(default.strip("`").replace("\\|", "|"), "")
+        assert _check_value(value, hint) == getattr(sections[section], key), f"{section}.{key}"
         assert len(meaning) > 10, f"{section}.{key}"
 
 

@@ -74,12 +74,14 @@ def test_an_unknown_override_is_named_with_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(("key", "ours"), [
-    ("model.dim", "model.d_model"), ("tokenizer.path", "data.tokenizer_path"), ("training.max_iters", "training.max_steps"),
+    ("model.dim", "model.d_model"), ("tokenizer.path", "data.tokenizer_path"),
+    ("training.max_iters", "training.max_steps"),
     ("training.learning_rate", "optimizer.learning_rate"), ("training.min_lr", "scheduler.min_lr"),
     ("training.lr_decay_iters", "scheduler.lr_decay_iters"), ("training.beta1", "optimizer.adam_beta1"),
     ("optimizer.beta2", "optimizer.adam_beta2"), ("training.gradient_clip", "optimizer.max_grad_norm"),
     ("training.weight_decay", "optimizer.weight_decay"), ("training.compile", "training.use_compile"),
-    ("training.dtype", "training.use_bf16"), ("model.block_size", "model.max_seq_len"), ("model.n_embd", "model.d_model"),
+    ("training.dtype", "training.use_bf16"), ("model.block_size", "model.max_seq_len"),
+    ("model.n_embd", "model.d_model"),
     ("model.n_layer", "model.n_layers"), ("model.n_head", "model.n_heads")])
 def test_keys_of_other_trainers_are_answered_with_ours(tmp_path, key, ours):
     section, _, name = key.partition(".")

@@ -22,7 +22,7 @@ def test_faults_are_counted(tmp_path):
     texts = [f"{GOOD} {number}." for number in range(40)] + ["", "It was cut", "â€œHiâ€\u009d said the cat. " + GOOD]
     data = DataConfig(dataset=corpus(tmp_path, *texts), quality_sample_size=0, validation_fraction=0.001)
     line = check_quality(data)
-    assert "\n" not in line and "41 good stories" in line
+    assert "\n" not in line and "40 good stories" in line  # one of 41 is held out
     assert "1 empty, 1 cut off, 1 with a damaged encoding that cleaning repairs" in line
     assert "% of words are articles" in line and 20 < float(line.split("; ")[-1].split("%")[0]) < 30
 

@@ -12,8 +12,8 @@ from training.metrics import read_metrics
 
 def test_a_run_resumed_and_stopped_again_early_has_no_metrics_beyond_its_checkpoint(tiny_config, tmp_path, monkeypatch):
     """The lines of a killed run are cut off, even if there are more of them than the resumed run writes."""
-    settings = ["training.output_dir=run", "training.logging_steps=1", "training.eval_steps=1000", "data.max_stories=100",
-                "training.save_steps=1000", "training.max_steps=60"]
+    settings = ["training.output_dir=run", "training.logging_steps=1", "training.eval_steps=1000",
+                "data.max_stories=100", "training.save_steps=1000", "training.max_steps=60"]
     step, latest = train.train_step, tmp_path / "run" / LATEST
 
     def step_until(last, stop):
@@ -31,7 +31,8 @@ def test_a_run_resumed_and_stopped_again_early_has_no_metrics_beyond_its_checkpo
     step_until(45, kill)
     with pytest.raises(KeyboardInterrupt):
         train.start_run(tiny_config(*settings), None, latest)
-    assert load_checkpoint(latest)["iter_num"] == 5 and read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 45
+    assert load_checkpoint(latest)["iter_num"] == 5
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 45
     step_until(6, lambda: signal.raise_signal(signal.SIGINT))
     assert train.start_run(tiny_config(*settings), None, latest) == 130
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

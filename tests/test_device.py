@@ -145,7 +145,7 @@ def test_steps_train_as_on_the_cpu_without_a_wait(gpu, overrides, close):
 def evaluated(tokenizer, stories):
     """Validation tokens of that tokenizer."""
     ids = [token for story in stories[:20] for token in (0, *tokenizer.encode(story).ids)]
-    return TokenFile(None, np.array([*ids, 0], np.uint16), {}, "")
+    return TokenFile(None, np.array([*ids, 0], np.uint16), {"tokens": len(ids), "article_tokens": len(ids)}, "")
 
 
 def test_evaluation_is_the_cpus_and_does_not_wait_for_batches(gpu, tokenizer, evaluated):

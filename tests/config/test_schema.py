@@ -10,7 +10,7 @@ import pytest
 from config import UserError, add_config_arguments, config_from_dict, load_config
 from model import Transformer, count_parameters
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parent.parent.parent
 CONFIGS = sorted((REPO / "config").glob("*.yaml"))
 MAIN = REPO / "config" / "train_config_tinystories_33M_TOP10K.yaml"
 

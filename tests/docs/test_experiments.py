@@ -20,7 +20,7 @@ import articles
 import articles_report
 from articles_report import misplaced_articles, words_after_articles
 
-import train
+import training.run
 from data.batches import IGNORED, read_batch
 from data.synthetic_stories import synthetic_stories
 
@@ -119,7 +119,7 @@ def test_another_text_of_the_same_name_has_a_tokenizer_and_a_run_of_its_own(tmp_
 def test_without_separators_none_is_trained_on_scored_or_begun_with(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = {"train": [], "score": [], "begin": []}
-    spied = ((train, "read_batch", "train", 0), (articles_report, "measure_likelihood", "score", 1),
+    spied = ((training.run, "read_batch", "train", 0), (articles_report, "measure_likelihood", "score", 1),
              (articles_report, "generate_tokens", "begin", 1))
     for module, name, kind, place in spied:
         whole = getattr(module, name)
@@ -151,7 +151,7 @@ def test_stopped_by_ctrl_c_it_keeps_the_runs_that_were_done(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(("script", "status", "part"), [
     ("articles.py", 0, "--seeds"), ("fixed_hour.py", 0, "--minutes"),
-    ("articles_report.py", 2, "error: articles_report.py is no script: run docs/experiments/articles.py\n")])
+    ("articles_report.py", 2, "error: articles_report.py is not a script: run docs/experiments/articles.py\n")])
 def test_each_file_says_how_to_run_it(script, status, part):
     done = subprocess.run([sys.executable, str(REPO / "docs" / "experiments" / script), "--help"], encoding="utf-8",
                           capture_output=True)

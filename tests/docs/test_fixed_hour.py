@@ -81,7 +81,7 @@ def test_a_stopped_run_goes_on_where_it_was(run, tmp_path, monkeypatch, capsys):
         step(of, *rest)
     monkeypatch.setattr(train, "train_step", interrupted)
     assert run(variants=("base",)) == 130
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command continues" in capsys.readouterr().out
     assert steps == [0, 1, 2] and not kept(tmp_path / "out")
     assert run(variants=("base",)) == 0
     assert steps == list(range(12))

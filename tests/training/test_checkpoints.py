@@ -14,8 +14,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from config import Config, UserError
+from config import Config, UserError, config_from_dict
 from config.schema import ModelConfig
+from data.cleaning import CLEANING_VERSION
 from model import Transformer
 from training import run_folder
 from training.checkpoints import (
@@ -35,10 +36,21 @@ SHAPE = ModelConfig(vocab_size=300, d_model=32, n_layers=2, n_heads=4, n_kv_head
 def make_checkpoint(seed: int = 0) -> dict:
     torch.manual_seed(seed)
     config = Config(model=SHAPE).to_dict()
-    config["data"]["max_seq_len"] = SHAPE.max_seq_len
     return {"model": Transformer(SHAPE).state_dict(), "config": config, "tokenizer": "{}", "iter_num": 3, "epoch": 0.5,
             "best_val_loss": 1.5, "optimizer": {}, "position": 6, "train_digest": "abc", "metrics_size": 0,
-            "evaluations_without_gain": 0, "evaluated": 0, "completed": 0, "unlogged": [], "norms": []}
+            "evaluations_without_gain": 0, "evaluated": 0, "completed": 0, "unlogged": [], "norms": [],
+            "cleaning_version": CLEANING_VERSION}
+
+
+def test_another_context_is_refused_for_its_own_reason_in_checkpoints_of_any_age(tmp_path):
+    """Earlier versions stored data.max_seq_len too, which the user never set."""
+    checkpoint = make_checkpoint()
+    checkpoint["config"]["data"]["max_seq_len"] = SHAPE.max_seq_len
+    save_checkpoint(tmp_path / "old.pth", checkpoint)
+    found = load_checkpoint(tmp_path / "old.pth")
+    config = config_from_dict(found["config"], "old.pth", ["model.max_seq_len=64"])
+    message = refusal(check_resumable, found, tmp_path / "old.pth", config)
+    assert f"model.max_seq_len is {SHAPE.max_seq_len} there, but 64" in message and "data." not in message
 
 
 def refusal(function, *arguments) -> str:
@@ -400,4 +412,7 @@ def test_what_cannot_be_resumed_is_told_in_one_line(tmp_path):
     old = {key: value for key, value in checkpoint.items() if key not in ("position", "train_digest")}
     assert "lacks train_digest, position" in refusal(check_resumable, old, path, config)
     assert "trained on other stories" in refusal(check_resumable, checkpoint, path, config, "abd")
+    earlier = {key: value for key, value in checkpoint.items() if key != "cleaning_version"}
+    assert "this version cleans them differently" in refusal(check_resumable, earlier, path, config, "abd")
+    assert check_resumable(earlier, path, config, "abc") == []  # the same stories, cleaned either way
     assert "model.vocab_size is 300 there, but 10000" in refusal(check_resumable, checkpoint, path, Config())
