@@ -3,52 +3,46 @@
     python docs/experiments/articles.py --dataset train.txt --validation valid.txt
     python docs/experiments/articles.py --variants "labels shifted twice" --seeds 1
 
-A finished run is a file in --out and is not trained again: Ctrl-C loses no more than the run under way. results.md and
-why_articles.png there show the finished ones. The faults live here only, between train.py's own step and the model: the
-project itself knows neither a weighted loss nor a second shift. How a model is measured is in articles_report.py.
+A finished run is a file in --out and is not trained again, so Ctrl-C loses only the run in progress. results.md and
+why_articles.png there show the finished runs. The faults exist only here, between train.py's own step and the model:
+the project itself has neither a weighted loss nor a second shift. articles_report.py measures the models.
 """
 
-from __future__ import annotations
-
-import argparse
-import hashlib
-import json
 import math
 import re
-import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where the project is
-
 import torch
 import torch.nn.functional as F
-from articles_report import AT_THE_END, STORIES, Yardstick, look, report
+from articles_report import AT_THE_END, STORIES, References, measure_run, report
+from experiment import digest, parse_arguments, read_result, tokenizer_folder, write_result  # finds the project, too
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Config, UserError, add_config_arguments, config_from_dict, load_config, run_script
-from config.cli import Parser, positive
-from config.files import replacing
-from config.hardware import choose_compile, choose_device, choose_precision
-from config.ranks import ALONE
+from config import Config, UserError, config_from_dict, run_script
+from config.command_line import Parser
 from config.values import counted
+from data.batches import IGNORED
 from data.stories import open_stories
-from data.tokens import END_OF_STORY, IGNORED, TokenFile, article_mask
-from train import Run, prepare_run, train_step, try_batch
+from data.token_files import TokenFile
+from data.tokenizer import END_OF_STORY, article_mask
+from device import choose_compile, choose_device, choose_precision
+from train import Run, prepare_run, probe_batch, train_step
+from training.distributed import SINGLE_PROCESS
 
 CONFIG = Path(__file__).with_suffix(".yaml")
-POINTS = (0.05, 0.1, 0.25, 0.5, 1.0)  # of the steps: where a run is looked at
+POINTS = (0.05, 0.1, 0.25, 0.5, 1.0)  # fractions of the steps at which a run is measured
 
 
 class Variant(NamedTuple):
-    """One departure from what should be."""
+    """One fault."""
 
     title: str
     theory: str
-    settings: tuple[str, ...] = ()  # of the config
+    settings: tuple[str, ...] = ()  # config overrides
     ahead: int = 1  # the target of token t is token t + ahead
     article_weight: float = 1.0  # in the loss
     separators: bool = True  # between the stories
@@ -95,12 +89,12 @@ def weighted_mean(losses: Tensor, targets: Tensor, is_article: Tensor, weight: f
 # The runs
 
 def prepare(config: Config) -> tuple[Run, TokenFile]:
-    """As train.py does, without its folder of checkpoints. Returns the validation split too."""
-    return prepare_run(config, None, None, choose_device(config.hardware.device), None, ALONE)
+    """Prepare a run as train.py does, but without a folder of checkpoints. Returns the validation split too."""
+    return prepare_run(config, None, None, choose_device(config.hardware.device), None, SINGLE_PROCESS)
 
 
-def train_variant(variant: Variant, config: Config, yardstick: Yardstick, name: str) -> dict[str, Any]:
-    """Train by train.py's own step, and look at POINTS. Returns what is kept of the run, plain values."""
+def train_variant(variant: Variant, config: Config, references: References, name: str) -> dict[str, Any]:
+    """Train with train.py's own step, and measure at POINTS. Returns the result of the run, plain values."""
     (run, validation), training = prepare(config), config.training
     if not variant.separators:
         tokens = run.train_file.tokens
@@ -115,90 +109,60 @@ def train_variant(variant: Variant, config: Config, yardstick: Yardstick, name: 
         return loss
 
     run.precision, _ = choose_precision(run.device, training.use_bf16)
-    torch.compiler.reset()  # or the models of earlier runs use up the number of compilations that a function may have
-    forward, _ = choose_compile(run.model, lambda compiled: try_batch(run, with_fault(compiled), training.batch_size),
-                                run.device, training.use_compile, math.inf)  # it pays: all runs share what it makes
-    points, shares = [], {max(1, round(share * training.max_steps)): share for share in POINTS}
+    torch.compiler.reset()  # otherwise earlier runs use up the compilations that a function may have
+    forward, _ = choose_compile(run.model, lambda compiled: probe_batch(run, with_fault(compiled), training.batch_size),
+                                run.device, training.use_compile, math.inf)  # all runs share the compiled code
+    points, measured_at = [], {max(1, round(share * training.max_steps)): share for share in POINTS}
     for step in tqdm(range(1, training.max_steps + 1), desc=name, unit="step", dynamic_ncols=True,
                      disable=None if training.show_progress else True):
         train_step(run, with_fault(forward), training.max_steps)
-        if step in shares:
-            if run.broken:
+        if step in measured_at:
+            if run.found_inf:
                 raise UserError(f"{name}: a gradient was not finite: try a lower optimizer.learning_rate")
-            own_loss = torch.stack([loss for _, _, loss, _ in run.unread[-50:]]).mean().item()
-            seen = look(run, validation, yardstick, variant.separators, step == training.max_steps)
-            points.append({"step": step, "share": shares[step], "own_loss": own_loss, **seen})
+            own_loss = torch.stack([loss for _, _, loss, _ in run.pending[-50:]]).mean().item()
+            found = measure_run(run, validation, references, variant.separators, step == training.max_steps)
+            points.append({"step": step, "share": measured_at[step], "own_loss": own_loss, **found})
     return {"variant": variant.title, "theory": variant.theory, "seed": training.seed, "points": points,
-            "real": yardstick.real, "vocabulary": run.tokenizer.get_vocab_size(), "counts": run.train_file.counts}
+            "real": references.real, "vocabulary": run.tokenizer.get_vocab_size(), "counts": run.train_file.counts}
 
 
 def plan(config: Config, variant: Variant, seed: int, text: Any, out: Path) -> tuple[Config, Path]:
-    """The config of a run and the file that keeps it. text: plain values that differ where the stories do.
+    """The config of a run, and the file of its result. text: plain values that differ where the stories do.
 
-    The file and the tokenizer are named by what they are made from: nothing is taken for what it is not.
+    The names of the file and of the tokenizer identify what they are made from.
     """
     config = config_from_dict(config.to_dict(), variant.title,
                               [*variant.settings, f"training.seed={config.training.seed + seed}"])
     values = config.to_dict() | {"data": text}
-    tokenizer = out / f"tokenizer-{config.model.vocab_size}-{digest([text, values['tokenizer']])}"
     name = re.sub(r"\W+", "-", variant.title).strip("-")
     path = out / f"{name}-{config.training.seed}-{digest([variant, values, POINTS, STORIES, AT_THE_END])}.json"
-    return replace(config, data=replace(config.data, tokenizer_path=str(tokenizer))), path
-
-
-def digest(values: Any) -> str:
-    """Eight letters that other plain values do not have."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode("utf-8")).hexdigest()[:8]
+    return replace(config, data=replace(config.data, tokenizer_path=tokenizer_folder(out, config, text))), path
 
 
 def experiment(config: Config, variants: Sequence[Variant], seeds: int, out: Path) -> None:
-    """Train what is not in `out` yet, all variants with one seed, then with the next. Report on what is finished."""
+    """Train the runs that are not in `out` yet, all variants with one seed, then the next; report all."""
     if not config.training.max_steps or config.training.batch_size == "auto":
         raise UserError("training.max_steps and training.batch_size: give numbers, the same for all variants")
     text = [open_stories(config.data, split).identity for split in ("train", "validation")]
     runs = [(variant, *plan(config, variant, seed, text, out)) for seed in range(seeds) for variant in variants]
     missing = [run for run in runs if not run[2].exists()]
     print(f"{counted(len(runs), 'run')}, {len(runs) - len(missing)} of them done before", flush=True)
-    yardstick = Yardstick(*prepare(runs[0][1])) if missing else None
+    references = References(*prepare(runs[0][1])) if missing else None
     try:
         for number, (variant, made, path) in enumerate(missing, 1):
             name = f"run {number} of {len(missing)}: {variant.title}, seed {made.training.seed}"
-            result = train_variant(variant, made, yardstick, name)
-            with replacing(path) as file:
-                file.write(json.dumps(result, indent=1, ensure_ascii=False).encode("utf-8"))
+            write_result(path, train_variant(variant, made, references, name))
     finally:
-        if runs[0][2].exists():  # the base, which all others stand beside
-            report([json.loads(path.read_text(encoding="utf-8")) for _, _, path in runs if path.exists()], out)
+        if runs[0][2].exists():  # the base, which all others are compared with
+            report([read_result(path) for _, _, path in runs if path.exists()], out)
 
 
-def parse_arguments(parser: Parser, config: Path, titles: Collection[str], seeds: int,
-                    ) -> tuple[argparse.Namespace, Config]:
-    """The command line of an experiment, which may have put flags of its own into `parser`, and the config it names.
-
-    config: the default of --config. titles: of the variants. seeds: the default of --seeds.
-    """
-    add_config_arguments(parser, config)
-    parser.add_argument("--dataset", help="data.dataset: tinystories, sample, a hub id, a file or a folder")
-    parser.add_argument("--validation", help="data.validation: another such source, for the validation stories")
-    parser.add_argument("--variants", nargs="+", default=list(titles), choices=titles, metavar="TITLE",
-                        help="only these: " + ", ".join(f'"{title}"' for title in titles))
-    parser.add_argument("--seeds", type=positive, default=seeds, help="runs of each, each with its own (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("checkpoints", config.stem), metavar="FOLDER",
-                        help="where finished runs, tokenizers and results.md are kept (%(default)s)")
-    args = parser.parse_args()
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out}: is a file: name a folder")
-    given = {"data.dataset": args.dataset, "data.validation": args.validation}
-    overrides = args.overrides + [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    return args, load_config(args.config or config, overrides)
-
-
-def main() -> None:
+def main(nothing: None = None) -> None:
     titles = [variant.title for variant in VARIANTS]
-    parser = Parser(description=f'Why did the articles go missing? Each theory beside "{BASE.title}".')
+    parser = Parser(description=f'Why did the articles go missing? Each theory compared with "{BASE.title}".')
     args, config = parse_arguments(parser, CONFIG, titles, seeds=2)
     experiment(config, [of for of in VARIANTS if of is BASE or of.title in args.variants], args.seeds, args.out)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, None)

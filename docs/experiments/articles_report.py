@@ -1,6 +1,4 @@
-"""What the models of articles.py are measured by, and the finished runs as a table, stories and a picture."""
-
-from __future__ import annotations
+"""How the models of articles.py are measured, and the report of finished runs: a table, stories and a picture."""
 
 import re
 import statistics
@@ -12,34 +10,36 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    print("error: articles_report.py is no script: run docs/experiments/articles.py", file=sys.stderr)
+    print("error: articles_report.py is not a script: run docs/experiments/articles.py", file=sys.stderr)
     sys.exit(2)
 
+import experiment  # noqa: F401  (finds the project)
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # no pyplot: no global state, and no window is ever opened
+from matplotlib.figure import Figure  # not pyplot: no global state
 
 from config import UserError
-from config.files import replacing
 from config.values import counted
-from data.likelihood import measure_likelihood
-from data.measures import ARTICLES, learn, measure, split_words
-from data.report import GRID, INK
-from data.tokens import END_OF_STORY, TokenFile
-from data.yardstick import Passage, choose_references, cut_reference, read_stories
-from evaluate import CHOOSE_FROM, LEARN_FROM
-from generate import encode_prompts, generate_tokens
+from data.atomic_files import atomic_write
+from data.token_files import TokenFile
+from data.tokenizer import END_OF_STORY
+from evaluation.full_evaluation import CHOOSE_FROM, LEARN_FROM
+from evaluation.likelihood import measure_likelihood
+from evaluation.references import Passage, choose_references, cut_reference, read_stories
+from evaluation.report import GRID, INK
+from evaluation.text_metrics import ARTICLES, learn, measure, split_words
+from inference.engine import encode_prompts, generate_tokens
 from train import Run
 
-STORIES = 64  # told at the end; a quarter of them at the points before
-AT_THE_END = 5  # times as many validation stories are scored there as at the points before
+STORIES = 64  # generated at the end; a quarter of them at the points before
+AT_THE_END = 5  # times as many validation stories are scored at the end as at the points before
 COLUMNS = {  # of the table: title and digits
     "bits_per_byte": ("bits per byte", 3), "own_loss": ("loss that it reports", 2),
     "articles": ("articles in 100 words", 1), "misplaced": ("of these where none can stand, %", 1),
     "bare_nouns": ("nouns without one, %", 1), "a_an": ("a or an right, %", 0), "ended": ("stories that end, %", 0),
     "repeated": ("repeated 4-grams, %", 1), "foreseen": ("articles foreseen, %", 0)}
-STOPS = (0.05, 0.25)  # of the steps: rows of their own
+STOPS = (0.05, 0.25)  # fractions of the steps that have rows of their own
 ROWS = {"bits_per_byte": "bits per byte", "articles": "articles in 100 words",
         "bare_nouns": "nouns without their article, %"}  # of the picture
 # of the base, then of a theory's variants: colours that the colour-blind can tell apart (Okabe & Ito, 2008), markers
@@ -48,21 +48,21 @@ LOOKS = ((INK, "o"), ("#0072B2", "s"), ("#D55E00", "^"), ("#009E73", "D"), ("#CC
 
 # Measuring
 
-class Yardstick:
-    """What all models are held against: beginnings of validation stories, and what the training stories teach."""
+class References:
+    """What all models are compared with: validation stories, and the words and nouns of the training stories."""
 
     def __init__(self, run: Run, validation: TokenFile) -> None:
         tokenizer, sampling = run.tokenizer, run.config.sampling
         pairs = choose_references(list(read_stories(validation, tokenizer, CHOOSE_FROM)), sampling.prompts, STORIES)
         if not pairs:
-            raise UserError(f"{validation.path}: no story in it is long enough to hold told ones against")
+            raise UserError(f"{validation.path}: no story in it is long enough to be a reference")
         training = list(read_stories(run.train_file, tokenizer, LEARN_FROM))
         self.learned, self.follows = learn(training), words_after_articles(training)
         self.prompts = [prompt for prompt, _ in pairs]
         self.real = self.measure([cut_reference(*pair, tokenizer, sampling.max_new_tokens) for pair in pairs])
 
     def measure(self, passages: Sequence[Passage]) -> dict[str, float | None]:
-        """The columns that need no model, of all passages together, %. None where there is nothing to measure."""
+        """The columns that need no model, over all passages, %. None where there is nothing to measure."""
         each = [{**measure(passage.text, self.learned, passage.ended),
                  "misplaced": misplaced_articles(passage.text, self.follows)} for passage in passages]
         sums = {key: np.sum([of[key] for of in each], axis=0).tolist() for key in COLUMNS if key in each[0]}
@@ -70,7 +70,7 @@ class Yardstick:
 
 
 def words_after_articles(texts: Sequence[str], share: float = 0.01) -> frozenset[str]:
-    """Words that in `share` of their places or more come right after an article. A mark or a verb is none of them."""
+    """Words that follow an article in at least `share` of their places. Punctuation marks and verbs do not."""
     after, seen = Counter(), Counter()
     for text in texts:
         tokens = split_words(text.lower())
@@ -80,57 +80,58 @@ def words_after_articles(texts: Sequence[str], share: float = 0.01) -> frozenset
 
 
 def misplaced_articles(text: str, follows: frozenset[str]) -> tuple[int, int]:
-    """How many articles stand where none can ("a was", "the the", "a."), and how many articles there are."""
+    """The number of articles where none can stand ("a was", "the the", "a."), and of all articles."""
     after = [word for article, word in pairwise(split_words(text.lower())) if article in ARTICLES]
     return sum(word not in follows for word in after), len(after)
 
 
-def look(run: Run, validation: TokenFile, yardstick: Yardstick, separators: bool, last: bool) -> dict[str, Any]:
-    """Score validation stories by the right next token, tell stories, and measure them. Returns plain values.
+def measure_run(run: Run, validation: TokenFile, references: References, separators: bool, last: bool,
+                ) -> dict[str, Any]:
+    """Score validation stories by the right next token, generate stories, and measure them. Returns plain values.
 
-    separators: whether the model knows them. last: at the end of the run.
+    separators: whether the model was trained with them. last: at the end of the run.
     """
     model, tokenizer, config = run.model.eval(), run.tokenizer, run.config
     end, tokens = tokenizer.token_to_id(END_OF_STORY), validation.tokens
     count = config.training.eval_samples * (AT_THE_END if last else 1)
     ends = np.flatnonzero(tokens == end)[:count + 1 if count else None]
-    tokens = tokens[:ends[-1] + 1]  # the same stories whatever the vocabulary
+    tokens = tokens[:ends[-1] + 1]  # the same stories for each vocabulary
     found = measure_likelihood(model, tokens if separators else tokens[tokens != end], tokenizer,
                                config.model.max_seq_len, config.evaluation_batch, run.device, run.precision, False)
-    passages = tell(run, yardstick.prompts[:STORIES if last else STORIES // 4], separators)
+    passages = generate_passages(run, references.prompts[:STORIES if last else STORIES // 4], separators)
     model.train()
-    return {**found, "foreseen": 100 * found["article_accuracy"], **yardstick.measure(passages),
+    return {**found, "foreseen": 100 * found["article_accuracy"], **references.measure(passages),
             "stories": [passage._asdict() for passage in passages]}
 
 
-def tell(run: Run, prompts: Sequence[str], separators: bool) -> list[Passage]:
-    """A story from each prompt, each with its own seed. A model that knows no separator does not begin with one."""
+def generate_passages(run: Run, prompts: Sequence[str], separators: bool) -> list[Passage]:
+    """A story for each prompt, each with a seed of its own. Without `separators`, no prompt begins with one."""
     tokenizer, sampling, end = run.tokenizer, run.config.sampling, run.tokenizer.token_to_id(END_OF_STORY)
     beginnings = [ids if separators else ids[1:]
                   for ids in encode_prompts(tokenizer, prompts, run.config.model.max_seq_len)]
     seeds = range(sampling.seed, sampling.seed + len(prompts))
-    told = [one for running in generate_tokens(run.model, beginnings, seeds, end, tokenizer.get_vocab_size(), sampling)
-            for one in running if one.done]
-    return [Passage(prompts[one.index], tokenizer.decode(one.new, skip_special_tokens=True), one.new[-1] == end)
-            for one in sorted(told, key=lambda one: one.index)]
+    batches = generate_tokens(run.model, beginnings, seeds, end, tokenizer.get_vocab_size(), sampling)
+    stories = [row for running in batches for row in running if row.done]
+    return [Passage(prompts[row.index], tokenizer.decode(row.new, skip_special_tokens=True), row.new[-1] == end)
+            for row in sorted(stories, key=lambda row: row.index)]
 
 
 # Showing
 
 def report(results: Sequence[dict[str, Any]], out: Path) -> None:
-    """Write results.md and why_articles.png of the finished runs, the base's first."""
+    """Write results.md and why_articles.png of the finished runs, the base first."""
     runs, real = {}, results[0]["real"]
     for result in results:
         runs.setdefault(result["variant"], []).append(result)
-    with replacing(out / "results.md") as file:
+    with atomic_write(out / "results.md") as file:
         file.write(f"{table(runs, real)}\n\n{stories(runs)}\n".encode())
-    with replacing(out / "why_articles.png") as file:
+    with atomic_write(out / "why_articles.png") as file:
         draw(runs, real).savefig(file, format="png", dpi=90)
     print(f"{counted(len(results), 'finished run')}: {out / 'results.md'} and why_articles.png beside it")
 
 
 def table(runs: dict[str, list[dict]], real: dict[str, float | None]) -> str:
-    """A row for each variant, one for each early stop of the base, and the validation stories' own."""
+    """A row for each variant, for each early stop of the base, and for the validation stories."""
     rows = [(title, [run["points"][-1] for run in of]) for title, of in runs.items()]
     base = rows[0][0]
     for share in STOPS:
@@ -143,7 +144,7 @@ def table(runs: dict[str, list[dict]], real: dict[str, float | None]) -> str:
 
 
 def cells(points: Sequence[dict[str, Any]]) -> list[str]:
-    """For each column the mean, and of several values the smallest and the largest."""
+    """For each column the mean, and the smallest and the largest of several values."""
     texts = []
     for key, (_, digits) in COLUMNS.items():
         known = [point[key] for point in points if point.get(key) is not None]
@@ -190,12 +191,12 @@ def draw(runs: dict[str, list[dict]], real: dict[str, float | None]) -> Figure:
         axes.set(ylabel=name, ylim=(0, None))
     grid[0, 0].set(yscale="log", ylim=(1, None), yticks=(1, 1.5, 2, 3, 5), yticklabels=(1, 1.5, 2, 3, 5))
     grid[0, 0].minorticks_off()
-    grid[1, 0].set_ylim(0, min(grid[1, 0].get_ylim()[1], 4 * real["articles"]))  # the first steps flatten nothing
+    grid[1, 0].set_ylim(0, min(grid[1, 0].get_ylim()[1], 4 * real["articles"]))  # cuts off the first steps
     return figure
 
 
 def draw_curve(axes: Axes, points_of: Sequence[Sequence[dict]], key: str, **style: str) -> None:
-    """The mean over the seeds, and a band from the smallest to the largest. points_of: of each seed's run."""
+    """The mean over the seeds, with a band from the smallest to the largest. points_of: the points of each seed."""
     values = np.ma.masked_invalid(np.array([[point[key] for point in points] for points in points_of], dtype=float))
     x = [100 * point["share"] for point in points_of[0]]
     axes.plot(x, values.mean(axis=0), markersize=3.5, linewidth=1.4, **style)

@@ -3,39 +3,34 @@
     python docs/experiments/fixed_hour.py --dataset train.txt --validation valid.txt
     python docs/experiments/fixed_hour.py --minutes 4 --seeds 1 --variants "dropout 0.1" "vocabulary 4,000"
 
-First the speed of every variant is measured, in turns, on a machine that does nothing else; the speed times the minutes
-are the tokens that it may train on, so that a busy hour later on disturbs no result. Then train.py's own loop trains
-each. Speeds and finished runs are files in --out and are not made again; Ctrl-C loses no more than the step at hand.
+First the speed of each variant is measured, in turns, on an otherwise idle machine. The speed times the minutes is the
+number of tokens that the variant may train on, so that a busy machine later does not change the result. Then train.py's
+own loop trains each. Speeds and finished runs are files in --out and are kept; Ctrl-C loses only the current step.
 """
-
-from __future__ import annotations
 
 import json
 import math
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where the project is
-
 import torch
-from articles import digest, parse_arguments  # the command line of experiments
+from experiment import digest, parse_arguments, read_result, tokenizer_folder, write_result  # finds the project, too
 from tqdm import tqdm
 
 from config import Config, UserError, config_from_dict, run_script
-from config.cli import Parser
-from config.files import replacing
-from config.hardware import choose_compile, choose_device, choose_precision, keep_freed_memory
-from config.optimizer import make_optimizer
-from data.checkpoints import LATEST
-from data.report import read_metrics
+from config.command_line import Parser
+from data.atomic_files import atomic_write
 from data.stories import open_stories
+from device import choose_compile, choose_device, choose_precision, keep_freed_memory
 from model import Transformer, count_parameters
 from train import accumulate_gradients, start_run
+from training.checkpoints import LATEST
+from training.metrics import read_metrics
+from training.optimizer import make_optimizer
 
 CONFIG = Path(__file__).with_suffix(".yaml")
 BASE = "base"
@@ -66,7 +61,7 @@ VARIANTS = {  # title: settings. A step is 2,048 tokens in all of them but those
 # How fast
 
 def make_step(config: Config) -> Callable[[], None]:
-    """A training step on random tokens, which waits for the device at its end."""
+    """A training step on random tokens, which synchronizes with the device at its end."""
     device = choose_device(config.hardware.device)
     precision, _ = choose_precision(device, config.training.use_bf16)
     torch.manual_seed(config.training.seed)
@@ -86,28 +81,27 @@ def make_step(config: Config) -> Callable[[], None]:
 
 
 def measure_speeds(configs: dict[str, Config], path: Path) -> dict[str, float]:
-    """Of each title, tokens per second: what the file at `path` has, and else by the median step of all turns."""
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Tokens per second of each title, from the file at `path`, or else from the median step of all turns."""
+    known = read_result(path) if path.exists() else {}
     missing = {shape: config for config in configs.values() if (shape := shape_of(config)) not in known}
     steps = {shape: make_step(config) for shape, config in tqdm(missing.items(), desc="compile", unit="variant")}
     times = {shape: [] for shape in missing}
     for _ in tqdm(range(TURNS if missing else 0), desc="speed", unit="turn"):
         for shape, step in steps.items():
-            step()  # after the others, which have filled the processor's caches
+            step()  # untimed, since the other variants have filled the processor's caches
             start = time.perf_counter()
             while not times[shape] or time.perf_counter() - start < TURN_SECONDS:
                 before = time.perf_counter()
                 step()
                 times[shape].append(time.perf_counter() - before)
     for shape, config in missing.items():
-        known[shape] = config.step_windows * config.model.max_seq_len / statistics.median(times[shape])
-    with replacing(path) as file:
-        file.write(json.dumps(known, indent=1).encode("utf-8"))
+        known[shape] = config.sequences_per_step * config.model.max_seq_len / statistics.median(times[shape])
+    write_result(path, known)
     return {title: known[shape_of(config)] for title, config in configs.items()}
 
 
 def shape_of(config: Config) -> str:
-    """A text that is the same for all that must be equally fast."""
+    """A text that is equal for configs that are equally fast."""
     m, values = config.model, config.to_dict()
     training = [values["training"][key] for key in ("batch_size", "gradient_accumulation_steps", "use_bf16",
                                                     "use_gradient_checkpointing", "use_compile")]
@@ -118,23 +112,21 @@ def shape_of(config: Config) -> str:
 # A run
 
 def configure(config: Config, title: str, text: Any, out: Path) -> Config:
-    """The config of a variant. text: plain values that differ where the stories do; each has its own tokenizers."""
-    values = config.to_dict()
-    values["data"]["max_seq_len"] = None  # follows the model's
-    varied = config_from_dict(values, title, VARIANTS[title])
-    tokenizer = out / f"tokenizer-{varied.model.vocab_size}-{digest([text, values['tokenizer']])}"
-    return config_from_dict(varied.to_dict(), title, [f"data.tokenizer_path={json.dumps(str(tokenizer))}"])
+    """The config of a variant. text: plain values that differ where the stories do."""
+    varied = config_from_dict(config.to_dict(), title, VARIANTS[title])
+    folder = json.dumps(tokenizer_folder(out, varied, text))
+    return config_from_dict(varied.to_dict(), title, [f"data.tokenizer_path={folder}"])
 
 
 def plan(config: Config, steps: int, seed: int) -> Config:
-    """The config of a run: a twentieth of its steps to warm up."""
+    """The config of a run, whose warm-up takes a twentieth of its steps."""
     return config_from_dict(config.to_dict(), "a run", [
         f"training.max_steps={steps}", f"scheduler.warmup_steps={steps // 20}",
         f"training.seed={config.training.seed + seed}"])
 
 
 def name_of(title: str, config: Config) -> str:
-    """For a file name, and another one for other settings or stories: nothing is taken for what it is not."""
+    """A file name that identifies the settings and the stories of a run."""
     values = config.to_dict()
     values["data"] = Path(config.data.tokenizer_path).name
     del values["training"]["output_dir"]
@@ -142,18 +134,18 @@ def name_of(title: str, config: Config) -> str:
 
 
 def run_variant(config: Config) -> int:
-    """Train, or go on, in training.output_dir. Returns the exit status."""
+    """Train, or resume, in training.output_dir. Returns the exit status."""
     latest = Path(config.training.output_dir) / LATEST
     torch.compiler.reset()
     return start_run(config, CONFIG, latest if latest.exists() else None, resume=True)
 
 
 def result_of(config: Config) -> dict[str, Any]:
-    """What is kept of a finished run, plain values."""
+    """The result of a finished run, plain values."""
     entries = read_metrics(Path(config.training.output_dir) / "metrics.jsonl")
     last = next(entry for entry in reversed(entries) if entry["type"] in ("evaluation", "final"))
     return {"seed": config.training.seed, "steps": last["step"],
-            "tokens": last["step"] * config.step_windows * config.model.max_seq_len,
+            "tokens": last["step"] * config.sequences_per_step * config.model.max_seq_len,
             "parameters": count_parameters(Transformer(config.model)),
             "bits_per_byte": last["bits_per_byte"], "val_loss": last["val_loss"]}
 
@@ -161,7 +153,7 @@ def result_of(config: Config) -> dict[str, Any]:
 # All of them
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """By minutes, one line a variant: the mean of its seeds, their number and spread, and the distance to the base."""
+    """For each time, a line for each variant: the mean and spread of its seeds, and the distance to the base."""
     lines = []
     for minutes in sorted({result["minutes"] for result in results}):
         runs = {title: [r for r in results if r["minutes"] == minutes and r["variant"] == title] for title in VARIANTS}
@@ -180,7 +172,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def experiment(config: Config, titles: Sequence[str], minutes: float, seeds: int, out: Path) -> int:
-    """Measure and train what is not in `out` yet. Returns the exit status: 0, or 128 + the signal that stopped it."""
+    """Measure and train what `out` does not have yet. Returns the exit status: 0, or 128 + the signal."""
     if config.training.batch_size == "auto":
         raise UserError("training.batch_size: give a number, so that all runs of a variant have the same steps")
     keep_freed_memory()
@@ -190,7 +182,7 @@ def experiment(config: Config, titles: Sequence[str], minutes: float, seeds: int
     speeds = measure_speeds(configs, out / "speeds.json")
     for seed in range(seeds):
         for title in titles:
-            made, step_tokens = configs[title], configs[title].step_windows * configs[title].model.max_seq_len
+            made, step_tokens = configs[title], configs[title].sequences_per_step * configs[title].model.max_seq_len
             made = plan(made, max(1, round(speeds[title] * minutes * 60 / step_tokens)), seed)
             folder = out / name_of(title, made)
             path = folder.with_suffix(".run.json")
@@ -199,22 +191,21 @@ def experiment(config: Config, titles: Sequence[str], minutes: float, seeds: int
             made = config_from_dict(made.to_dict(), title, [f"training.output_dir={json.dumps(str(folder))}"])
             print(f"\n== {title}, seed {made.training.seed}: {made.training.max_steps:,} steps", flush=True)
             if status := run_variant(made):
-                print(f"stopped: finished runs are in {out}, and the same command goes on from here")
+                print(f"stopped: finished runs are in {out}; the same command continues")
                 return status
             result = {"variant": title, "name": name_of(title, configs[title]), "minutes": minutes,
                       "speed": speeds[title], **result_of(made)}
-            with replacing(path) as file:
-                file.write(json.dumps(result, indent=1).encode("utf-8"))
+            write_result(path, result)
     names = {name_of(title, configure(config, title, text, out)) for title in VARIANTS}
-    finished = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.run.json"))]
+    finished = [read_result(path) for path in sorted(out.glob("*.run.json"))]
     results = table([result for result in finished if result["name"] in names])  # not those of other settings
-    with replacing(out / "results.md") as file:
+    with atomic_write(out / "results.md") as file:
         file.write(results.encode("utf-8"))
     print(f"\n{results}")
     return 0
 
 
-def main() -> int:
+def main(nothing: None = None) -> int:
     parser = Parser(description="What makes a story model better at a fixed time of training?")
     parser.add_argument("--minutes", type=float, default=60, help="of training, for each run (%(default)s)")
     args, config = parse_arguments(parser, CONFIG, VARIANTS, seeds=1)
@@ -224,4 +215,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, None)
