@@ -1,4 +1,4 @@
-"""The CUDA path without a GPU: real tensors, of which some are said to lie on one, and all that ours does with them.
+"""The CUDA path without a GPU: real tensors, some of which claim to be on one, and all that is done with them here.
 
 The kernels are the CPU's and the numbers real; memory, streams, torch.compile and what autocast does on CUDA alone are
 not seen. (torch's own FakeTensorMode has no numbers, and no backward pass in a torch that was built without CUDA.)
@@ -60,7 +60,7 @@ class FakeGPU(TorchFunctionMode):
         to_gpu = asked[0] if asked else name != "cpu" and any(there)
         wait, moved = name in READS and any(there), False
         if name in ("to", "cpu", "copy_", "type_as", "__set__", "tensor", "as_tensor"):
-            if len(there) > 1:  # the other tensor tells the device
+            if len(there) > 1:  # the other tensor has the device
                 to_gpu = there[name != "copy_"]
             moved = to_gpu != (bool(there) and there[name == "copy_"])
             if self.device == MPS and moved and kwargs.get("non_blocking"):
@@ -177,26 +177,26 @@ def test_stories_are_the_cpus_with_one_wait_in_eight_tokens(gpu, compute, settin
     sampling = replace(config.sampling, max_new_tokens=44, **settings)
     prompts, seeds = [[0], [0, 5, 9], [0, 5, 9], [0, *range(20, 35)], [0, 3], [0, 3, 8, 1]], range(6)
 
-    def tell(device):
+    def generate_on(device):
         torch.manual_seed(0)
         model = pack(Transformer(config.model).to(device).eval(), compute)
         gpu.waits.clear()
         looks = [list(running) for running in generate_tokens(model, prompts, seeds, 0, 100, sampling)]
-        return {told.index: told.new for told in flat(looks)}, len(looks)
+        return {row.index: row.new for row in flat(looks)}, len(looks)
 
-    here, _ = tell(CPU)
+    here, _ = generate_on(CPU)
     with gpu:
-        there, looks = tell(GPU)
+        there, looks = generate_on(GPU)
     assert gpu.waits == ["tolist"] * 2 * looks  # the ids, and their log-probabilities, which are there by then
     with FakeGPU(MPS):
-        assert tell(MPS)[0] == here
+        assert generate_on(MPS)[0] == here
     assert there == here
     lengths = {len(new) for new in here.values()}
     assert sampling.temperature == 0 or (len(lengths) > 2 and max(lengths) > 40)
 
 
 def test_a_whole_run_goes_as_on_the_cpu(gpu, tiny_config, tmp_path, monkeypatch):
-    """Plan, batch_size auto, steps, evaluations with their stories, checkpoints, and going on from one."""
+    """Plan, batch_size auto, steps, evaluations with their stories, checkpoints, and resuming from one."""
     settings = ["training.batch_size=auto", "training.gradient_accumulation_steps=null", "scheduler.lr_decay_iters=6",
                 "training.tokens_per_step=512", "training.eval_steps=2", "sampling.max_new_tokens=5"]
 

@@ -120,7 +120,7 @@ def test_a_later_token_never_changes_an_earlier_logit(flash):
 
 @pytest.mark.parametrize("flash", [True, False])
 def test_a_masked_story_is_read_as_if_it_were_alone(flash):
-    """No information crosses a separator; the rest of a story at the start of a window counts as one, too."""
+    """No information crosses a separator; the rest of a story at the start of a sequence counts as one, too."""
     model = make_model(use_flash_attention=flash, n_kv_heads=2, mask_stories=True)
     tokens, starts = random_tokens(model).clamp(min=1), (0, 9, 10, 23)
     tokens[:, starts[1:]] = SEPARATOR

@@ -36,9 +36,9 @@ STORIES = 64  # generated at the end; a quarter of them at the points before
 AT_THE_END = 5  # times as many validation stories are scored at the end as at the points before
 COLUMNS = {  # of the table: title and digits
     "bits_per_byte": ("bits per byte", 3), "own_loss": ("loss that it reports", 2),
-    "articles": ("articles in 100 words", 1), "misplaced": ("of these where none can stand, %", 1),
+    "articles": ("articles in 100 words", 1), "misplaced": ("of these where none can be, %", 1),
     "bare_nouns": ("nouns without one, %", 1), "a_an": ("a or an right, %", 0), "ended": ("stories that end, %", 0),
-    "repeated": ("repeated 4-grams, %", 1), "foreseen": ("articles foreseen, %", 0)}
+    "repeated": ("repeated 4-grams, %", 1), "foreseen": ("articles predicted, %", 0)}
 STOPS = (0.05, 0.25)  # fractions of the steps that have rows of their own
 ROWS = {"bits_per_byte": "bits per byte", "articles": "articles in 100 words",
         "bare_nouns": "nouns without their article, %"}  # of the picture
@@ -80,7 +80,7 @@ def words_after_articles(texts: Sequence[str], share: float = 0.01) -> frozenset
 
 
 def misplaced_articles(text: str, follows: frozenset[str]) -> tuple[int, int]:
-    """The number of articles where none can stand ("a was", "the the", "a."), and of all articles."""
+    """The number of articles where none can be ("a was", "the the", "a."), and of all articles."""
     after = [word for article, word in pairwise(split_words(text.lower())) if article in ARTICLES]
     return sum(word not in follows for word in after), len(after)
 

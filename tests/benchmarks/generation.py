@@ -136,7 +136,7 @@ def measure_speed(name: str, config: ModelConfig, batches: list[int], num_tokens
 
 
 def measure_cold(name: str, config: ModelConfig, repeats: int, num_tokens: int, device: str) -> None:
-    """Seconds from the start of a process to its end, one story told; a checkpoint on disk, the disk's cache warm."""
+    """Seconds from the start of a process to its end, with one story, from a checkpoint that is in the disk's cache."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = train_tokenizer([story for story, _ in zip(synthetic_stories(seed=0), range(3000), strict=False)],
                                     min(config.vocab_size, 2048), show_progress=False)

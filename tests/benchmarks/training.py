@@ -150,7 +150,7 @@ def measure_first(config: Config, way: str, device: torch.device) -> tuple[float
 
 
 def resident() -> float:
-    """The most memory that this process ever held, bytes; nan where the system does not tell."""
+    """The most memory that this process ever held, bytes; nan where the system does not report it."""
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8")) if status.exists() else None
     return int(found[1]) * 1024 if found else float("nan")
@@ -329,7 +329,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="a step by operation, in each of --ways")
     parser.add_argument("--outside", action="store_true", help="the shares of a short real run (see --set)")
     parser.add_argument("--everything", action="store_true", help="all of these")
-    parser.add_argument("--batch", type=int, help="windows of a micro-batch (the config's; on a CPU 2,048 tokens)")
+    parser.add_argument("--batch", type=int, help="sequences of a micro-batch (the config's; on a CPU 2,048 tokens)")
     parser.add_argument("--accumulate", type=int, help="micro-batches of a step (the config's; on a CPU 1)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="at the least for each repeat (%(default)s); below "

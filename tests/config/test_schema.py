@@ -1,4 +1,4 @@
-"""The YAML files load, and whatever is wrong in one is told in one line."""
+"""The YAML files load, and any mistake in one is reported in one line."""
 
 import argparse
 import subprocess
@@ -115,7 +115,7 @@ def test_a_wrong_override_names_itself(override, part):
 
 @pytest.mark.parametrize(("overrides", "named", "part"), [
     (["model.d_model=450"], "--set model.d_model=450", "model.d_model 450 is not divisible"),
-    (["model.n_heads=1000000000000"], "--set model.n_heads=1000000000000", "not divisible"),  # told soon, too
+    (["model.n_heads=1000000000000"], "--set model.n_heads=1000000000000", "not divisible"),  # and quickly
     (["model.n_heads=5", "training.seed=1"], "--set model.n_heads=5", "model.n_heads 5"),
     (["scheduler.min_lr=1", "optimizer.learning_rate=5e-1"], "--set scheduler.min_lr=1, --set optimizer.learning_rate="
      "5e-1", "scheduler.min_lr 1"),

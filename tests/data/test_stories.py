@@ -142,8 +142,8 @@ def test_a_column_of_a_source_without_columns_is_reported_once(tmp_path, capsys)
     for source in (str(write_txt(tmp_path / "a.txt", STORIES)), "sample"):
         for split in ("train", "validation"):
             opened(source, split, text_column="tale")
-        told = capsys.readouterr().out
-        assert told.count("\n") == 1 and "data.text_column is tale" in told and source in told
+        printed = capsys.readouterr().out
+        assert printed.count("\n") == 1 and "data.text_column is tale" in printed and source in printed
         opened(source)
     opened(write_jsonl(tmp_path / "a.jsonl", [{"tale": "The tale."}]), text_column="tale")
     assert capsys.readouterr().out == ""
@@ -171,7 +171,7 @@ def test_a_big_file_is_read_in_bounded_memory(tmp_path, monkeypatch):
         assert peak < 500_000, f"{path.name}: {peak:,} bytes"
 
 
-# ---- what is wrong is told in one line
+# ---- errors are one line
 
 
 def test_bad_bytes_name_file_and_line(tmp_path):
@@ -338,12 +338,12 @@ def test_whatever_the_hub_says_is_one_line(monkeypatch, error):
 def test_what_may_take_a_while_is_said_before_it_is_done_and_once(monkeypatch, capsys, offline, times):
     import datasets
     hub(monkeypatch, train={"text": ["A."]}, validation={"text": ["B."]})
-    load, told = datasets.load_dataset, []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: told.append(capsys.readouterr().out) or load(name))
+    load, printed = datasets.load_dataset, []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: printed.append(capsys.readouterr().out) or load(name))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
     for split in ("train", "validation"):
         opened(f"somebody/{offline}", split)
-    assert told[0].count(f"stories: asking the hub for somebody/{offline} (") == times and told[1] == ""
+    assert printed[0].count(f"stories: asking the hub for somebody/{offline} (") == times and printed[1] == ""
 
 
 # ---- splits
@@ -447,7 +447,7 @@ def test_sample_validation_leaves_out_what_train_has(tmp_path, monkeypatch):
 # ---- identity
 
 
-def test_identity_tells_apart_what_gives_other_stories(tmp_path):
+def test_identity_differs_where_the_stories_do(tmp_path):
     path = corpus(tmp_path, "jsonl", STORIES)
     config = {"dataset": str(path)}
     variants = [{}, {"clean": False}, {"max_stories": 2}, {"max_stories": 3}, {"validation_fraction": 0.5},

@@ -1,4 +1,4 @@
-"""What the users of the offline story maker rely on: it is repeatable, never repeats itself, and writes English."""
+"""What the users of the offline story generator rely on: it is repeatable, never repeats itself, and writes English."""
 from __future__ import annotations
 
 import os
@@ -64,12 +64,13 @@ def test_a_story_depends_on_seed_and_index_alone(stories):
 def test_stories_are_the_same_in_every_process():
     """Python hashes strings differently in every process: no story may depend on it."""
     code = "from data.synthetic_stories import make_story; print([make_story(5, index) for index in range(50)])"
-    told = {subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": "."},
-                           capture_output=True, text=True, check=True).stdout for seed in ("1", "2")}
-    assert told == {f"{[make_story(5, index) for index in range(50)]}\n"}
+    printed = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                              env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": "."}).stdout
+               for seed in ("1", "2")}
+    assert printed == {f"{[make_story(5, index) for index in range(50)]}\n"}
 
 
-def test_other_seeds_tell_other_stories(stories):
+def test_other_seeds_give_other_stories(stories):
     assert not set(stories) & set(islice(synthetic_stories(4), 5_000))
     assert make_story(1, 11) != make_story(11, 1) and make_story(1, 0) != make_story(-1, 0)
 
@@ -80,7 +81,7 @@ def test_no_story_comes_twice_in_100_000():
 
 
 def test_every_slot_of_every_phrasing_is_filled():
-    """Render every phrasing, also those that are seldom told."""
+    """Render every phrasing, also those that are rare."""
     cast = sample._cast(random.Random(0).choice, with_pet=False) | {"When": "One day"}
     for text in (*PLOTS.values(), *(opening["text"] for opening in OPENINGS)):
         for phrasing in (phrasing for phrasings in beats(text) for phrasing in phrasings):

@@ -117,7 +117,7 @@ def test_a_damaged_file_is_rebuilt(corpus, tokenizer, damage):
 
 
 def test_no_flipped_byte_is_believed(corpus, tokenizer):
-    """In the tokens or in the header: the file is refused and built anew, or what was flipped carried nothing."""
+    """In the tokens or in the header: the file is refused and rebuilt, or what was flipped carried nothing."""
     file = prepare_tokens(corpus(), tokenizer, "train")
     good, counts, bin_path = file.tokens.tolist(), file.counts, file.path
     del file  # Windows cannot write to a file that is mapped

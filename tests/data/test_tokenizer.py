@@ -116,14 +116,14 @@ def test_train_py_trains_it_once_and_then_reuses_it(tiny_config, capsys):
         ensure_tokenizer(tiny_config("model.vocab_size=300"))
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(tiny_config, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(tiny_config, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder", encoding="utf-8")
     monkeypatch.setattr("data.tokenizer.train_tokenizer", lambda *args: pytest.fail("the work began"))
     with pytest.raises(UserError, match=r"tok: cannot be written to .*--output_dir"):
         make_tokenizer(tiny_config(), tmp_path / "file" / "tok")
 
 
-def test_a_separator_that_the_model_would_not_find_is_told(tiny_config, tmp_path):
+def test_a_separator_that_the_model_would_not_find_is_refused(tiny_config, tmp_path):
     """model.mask_stories looks for one id; a tokenizer from elsewhere may have another."""
     made = json.loads(ensure_tokenizer(tiny_config("model.mask_stories=true")).to_str())
     assert SPECIAL_TOKENS[SEPARATOR] == END_OF_STORY

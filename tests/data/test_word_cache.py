@@ -10,7 +10,7 @@ from data import word_cache as encoding
 from data.word_cache import WordCache, make_encoder, splits_like_gpt2
 
 DTYPE = np.dtype("<u2")
-# what the pattern must tell apart: contractions, white space of all kinds (also what only Python or only Unicode takes
+# what the pattern must distinguish: contractions, white space of all kinds (also what only Python or only Unicode takes
 # for it), digits and letters beyond ASCII, marks that the cache knows and marks that it does not
 PIECES = st.lists(st.sampled_from([
     *"'s 't 're 've 'm 'll 'd 'S 'x ' '' a A the The cat don't _ - . , ! \" 7 42 <|endoftext|> <unk>".split(),

@@ -43,7 +43,7 @@ def test_targets_are_so_many_tokens_ahead(ahead):
     faulty = articles.faulty_targets(ahead, inputs, targets)
     counted = faulty != IGNORED
     assert (faulty - inputs)[counted].unique().tolist() == [ahead]
-    assert counted.sum(dim=1).tolist() == [6 - max(0, ahead - 1)] * 2  # beyond the window nothing is known
+    assert counted.sum(dim=1).tolist() == [6 - max(0, ahead - 1)] * 2  # beyond the sequence nothing is known
 
 
 @pytest.mark.parametrize("weight", [1.0, 10.0])
@@ -57,7 +57,7 @@ def test_the_weighted_mean_is_that_of_torch_with_a_weight_on_articles_alone(weig
                                F.cross_entropy(logits, targets, weight=weights))
 
 
-def test_articles_where_none_can_stand(stories):
+def test_articles_where_none_can_occur(stories):
     follows = words_after_articles([*stories, "A was."])  # a slip of the pen does not make "was" one of them
     assert misplaced_articles("The little dog saw a bird.", follows) == (0, 2)
     assert misplaced_articles("Little the was happy a. The a dog", follows) == (3, 4)

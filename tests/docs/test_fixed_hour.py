@@ -1,4 +1,4 @@
-"""docs/experiments/fixed_hour.py: each variant has the same time, runs are kept, and the table tells the outcome."""
+"""docs/experiments/fixed_hour.py: each variant has the same time, runs are kept, and the table shows the outcome."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_each_variant_trains_for_the_same_time_and_only_once(run, tmp_path, monk
         run("--set", "optimizer.learning_rate=1e-3")
 
 
-def test_a_stopped_run_goes_on_where_it_was(run, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_resumes_where_it_was(run, tmp_path, monkeypatch, capsys):
     """By Ctrl-C in its third step: what comes of it is what comes of a run that nobody stopped."""
     step, steps = train.train_step, []
 

@@ -50,12 +50,12 @@ class Foreteller(nn.Module):
     def __init__(self, tokens, ahead, vocab_size, seq_len):
         super().__init__()
         padded = np.concatenate([tokens, np.zeros(seq_len + 2)]).astype(np.int64)
-        self.windows = torch.from_numpy(np.stack([padded[start + ahead:start + ahead + seq_len]
+        self.targets = torch.from_numpy(np.stack([padded[start + ahead:start + ahead + seq_len]
                                                   for start in range(0, len(tokens) - 1, seq_len)]))
         self.vocab_size, self.at = vocab_size, 0
 
     def forward(self, tokens):
-        part = self.windows[self.at:self.at + len(tokens)]
+        part = self.targets[self.at:self.at + len(tokens)]
         self.at += len(tokens)
         return 20.0 * nn.functional.one_hot(part, self.vocab_size).float()
 
@@ -94,7 +94,7 @@ def test_characters_are_counted_where_they_begin(tokenizer):
 
 
 def test_figures_are_those_of_a_computation_of_ones_own(tokenizer, stories, tiny_config):
-    """Token by token in float64 with torch's own log_softmax, without windows in batches or masks."""
+    """Token by token in float64 with torch's own log_softmax, without batches, sequences or masks."""
     config = tiny_config("model.vocab_size=1600")  # larger than the tokenizer
     torch.manual_seed(3)
     model, tokens = Transformer(config.model).eval(), pack([*stories[:12], *ODD_TEXTS], tokenizer)
@@ -139,7 +139,7 @@ def test_it_is_the_loss_that_training_reports(tiny_config, tokenizer):
         assert found["tokens" if key == "val_tokens" else key] == pytest.approx(value, rel=1e-5)
 
 
-def test_the_position_in_a_story_is_known_only_where_it_began_in_the_window():
+def test_the_position_in_a_story_is_known_only_where_it_began_in_the_sequence():
     inputs = torch.tensor([[5, 6, 0, 7, 8, 0, 0, 9], [0, 1, 2, 3, 4, 5, 6, 7]])
     assert position_in_story(inputs, 0).tolist() == [[0, 0, 1, 2, 3, 1, 1, 2], [1, 2, 3, 4, 5, 6, 7, 8]]
 
@@ -160,8 +160,8 @@ def checks_of(checkpoint, config, file, **changes):
     return {check.name: check for check in check_run({**checkpoint, **changes}, Path("a run/best.pth"), config, file)}
 
 
-def test_the_checklist_tells_a_finished_run_from_others(tiny_config):
-    tokens = np.arange(6401, dtype=np.uint16) % 300  # 100 windows of 64: 13 steps of 8
+def test_the_checklist_recognizes_a_finished_run(tiny_config):
+    tokens = np.arange(6401, dtype=np.uint16) % 300  # 100 sequences of 64: 13 steps of 8
     file = TokenFile(REPO / "x.bin", tokens, {"article_tokens": 400, "tokens": 6401}, "digest")
     config = tiny_config()
     rate = 3e-4  # min_lr, at the last step
@@ -183,7 +183,7 @@ def test_the_checklist_tells_a_finished_run_from_others(tiny_config):
     assert "35,000" in checks_of(done, slow, file)["learning rate"].meaning
 
 
-def test_a_loss_that_still_falls_is_told_from_one_that_does_not(tokenizer):
+def test_a_loss_that_still_falls_is_recognized(tokenizer):
     found = likelihood(Uniform(1500), pack(ODD_TEXTS, tokenizer), tokenizer)
 
     def curve(*losses):
@@ -222,7 +222,7 @@ def test_references_begin_as_the_stories_do_and_are_cut_there(tokenizer):
     assert prompts.count("Tom and his dog") == 3 and prompts.count("Once upon a time") == 7 and len(pairs) == 10
     assert all(story.startswith(prompt) for prompt, story in pairs) and len({story for _, story in pairs}) == 10
     assert len(choose_references(real, ("Once upon a time",), 1000)) == 53
-    many = [f"Story {i % 30} goes on like this {i}" for i in range(300)]
+    many = [f"Story {i % 30} continues like this {i}" for i in range(300)]
     assert len({prompt for prompt, _ in choose_references(many, ("x",), 100)}) == NUM_PROMPTS
     passage = cut_reference("Once upon", "Once upon a time there was a cat.", tokenizer, 100)
     assert passage == Passage("Once upon", " a time there was a cat.", True)
@@ -308,9 +308,9 @@ def test_fewer_stories_than_asked_for_are_explained(trained, capsys):
     assert "note: " not in capsys.readouterr().out
     evaluated(config_of(trained), trained, num_stories=5000)
     lines = capsys.readouterr().out.splitlines()
-    told = next(line for line in lines if " stories, compared with as many of the validation split" in line).split()[0]
+    number = next(line.split()[0] for line in lines if " stories, compared with as many of the validation" in line)
     notes = [line for line in lines if line.startswith("note: ")]
-    assert len(notes) == 1 and f"{told} stories, not 5,000" in notes[0] and 8 < int(told) < 5000
+    assert len(notes) == 1 and f"{number} stories, not 5,000" in notes[0] and 8 < int(number) < 5000
 
 
 def test_any_text_is_scored_on_its_own_bytes(trained, tmp_path, capsys):

@@ -77,7 +77,7 @@ def test_each_curve_is_drawn_through_the_figures_of_metrics_jsonl(page, curve, k
 
 
 def test_curves_of_one_picture_share_its_axes(page):
-    """Loss 4 of training and loss 4 of validation stand at one height."""
+    """Loss 4 of training and loss 4 of validation are drawn at one height."""
     entries = read_metrics(page[0] / "metrics.jsonl")
     heights = {}
     for curve, kind, key in (("train", "step", "loss"), ("validation", "evaluation", "val_loss"),
@@ -112,8 +112,8 @@ def test_the_samples_are_a_time_line(page):
     assert len(moments) == len(entries)
     for moment, entry in zip(moments, entries, strict=True):
         stories = re.findall(r'<div class="story">(.*?)</div>', moment, re.S)
-        told = [html.unescape(re.sub("</?mark>", "", story)) for story in stories]
-        assert told == entry["samples"] and f"<b>step {entry['step']}</b>" in moment
+        shown = [html.unescape(re.sub("</?mark>", "", story)) for story in stories]
+        assert shown == entry["samples"] and f"<b>step {entry['step']}</b>" in moment
         assert f"validation loss {entry['val_loss']:.3f}" in moment and stories[1] == "She saw <mark>a</mark> cat."
 
 
@@ -170,7 +170,7 @@ def test_a_long_run_is_thinned_but_keeps_its_end(tmp_path):
     assert 30 < page.count('class="moment"') <= 60 and "<b>step 50,000</b>" in page
 
 
-def test_training_draws_the_report_and_goes_on_without_it(tiny_config, tmp_path, monkeypatch, capsys, drawn):
+def test_training_draws_the_report_and_continues_without_it(tiny_config, tmp_path, monkeypatch, capsys, drawn):
     settings = ["training.max_steps=20", "training.eval_steps=20", "training.eval_samples=3"]
     assert start_run(tiny_config(*settings, "training.output_dir=run"), None, None) == 0
     folder = tmp_path / "run"
@@ -210,27 +210,27 @@ def test_a_logger_that_is_not_installed_costs_one_line(tiny_config, monkeypatch,
         assert "Finished at step 1 (1 step in" in out
 
 
-def test_tensorboard_is_told_every_figure(tmp_path, monkeypatch):
-    told = []
+def test_tensorboard_gets_every_figure(tmp_path, monkeypatch):
+    logged = []
 
     class SummaryWriter:
         def __init__(self, folder):
-            told.append(folder)
+            logged.append(folder)
 
         def add_scalar(self, name, value, step):
-            told.append((name, value, step))
+            logged.append((name, value, step))
 
         def add_text(self, name, text, step):
-            told.append((name, text, step))
+            logged.append((name, text, step))
 
         def flush(self):
-            told.append("flush")
+            logged.append("flush")
 
     module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    tell = open_logger("tensorboard", tmp_path)
-    tell({"type": "evaluation", "step": 7, "val_loss": 2.5, "samples": ["Once."]})
-    assert told[1:] == [("evaluation/val_loss", 2.5, 7), ("story 1", "Once.", 7), "flush"]
+    log = open_logger("tensorboard", tmp_path)
+    log({"type": "evaluation", "step": 7, "val_loss": 2.5, "samples": ["Once."]})
+    assert logged[1:] == [("evaluation/val_loss", 2.5, 7), ("story 1", "Once.", 7), "flush"]
 
 
 def test_a_logger_that_breaks_is_left_alone(tmp_path, monkeypatch, capsys):
@@ -239,7 +239,7 @@ def test_a_logger_that_breaks_is_left_alone(tmp_path, monkeypatch, capsys):
             raise ConnectionError("gone")
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **settings: Run(), Html=str))
-    tell = open_logger("wandb", tmp_path)
-    tell({"type": "step", "step": 1, "loss": 1.0})
-    tell({"type": "step", "step": 2, "loss": 1.0})
+    log = open_logger("wandb", tmp_path)
+    log({"type": "step", "step": 1, "loss": 1.0})
+    log({"type": "step", "step": 2, "loss": 1.0})
     assert capsys.readouterr().out.count("gone") == 1

@@ -53,7 +53,7 @@ def continue_all(model, prompts, seeds, sampling, end=0, num_tokens=1500, **opti
     """The new tokens of each prompt, in the order of the prompts."""
     done = {}
     for running in generate_tokens(model, prompts, seeds, end, num_tokens, sampling, **options):
-        done.update({told.index: told.new for told in running if told.done})
+        done.update({row.index: row.new for row in running if row.done})
     return [done[index] for index in range(len(prompts))]
 
 
@@ -128,7 +128,7 @@ def test_temperature_zero_is_the_likeliest_token():
     assert sample_next(logits, torch.tensor([0.99, 0.99]), GREEDY).tolist() == [1, 0]
 
 
-def test_extreme_logits_and_luck_stay_in_range():
+def test_extreme_logits_and_uniforms_stay_in_range():
     logits = torch.tensor([[-math.inf, 1e4, -1e4], [0.0, -math.inf, -math.inf]])
     for uniforms in (0.0, 1 - 2**-24):
         for top_p in (0.95, 1.0):
@@ -171,12 +171,12 @@ def test_equally_likely_tokens_are_kept_together_however_many_are_looked_at(monk
 
 def recompute(model, prompt: list[int], count: int) -> list[int]:
     """Greedy by the plain forward pass over all that is seen, for every token: no cache, no batch."""
-    window, new, context = list(prompt), [], model.config.max_seq_len
+    sequence, new, context = list(prompt), [], model.config.max_seq_len
     with torch.no_grad():
         for _ in range(count):
-            window = window if len(window) <= context else window[-(context // 2):]
-            new.append(model(torch.tensor([window]))[0, -1].argmax().item())
-            window.append(new[-1])
+            sequence = sequence if len(sequence) <= context else sequence[-(context // 2):]
+            new.append(model(torch.tensor([sequence]))[0, -1].argmax().item())
+            sequence.append(new[-1])
     return new
 
 
@@ -198,7 +198,7 @@ def test_cached_and_batched_greedy_tokens_equal_those_of_recomputing_everything(
     assert len({tuple(new) for new in batched}) > 3 and len(set(batched[0])) > 3
 
 
-def test_past_the_context_it_goes_on_from_the_last_half_in_every_row_by_itself(model):
+def test_beyond_the_context_each_row_continues_from_its_last_half(model):
     long = SamplingConfig(temperature=0.0, max_new_tokens=130)  # the context is 48: full twice, at different steps
     batched = continue_all(model, PROMPTS, [1] * 6, long, end=NEVER)
     assert batched == [recompute(model, prompt, 130) for prompt in PROMPTS]
@@ -230,22 +230,22 @@ def test_packed_weights_give_a_row_the_same_bits_alone_and_beside_longer_rows(co
     model = pack(make_model(d_ffn=1100), compute)  # oneDNN splits so long a sum in a row that is alone
     prompts = [[0, *range(5, 5 + length)] for length in (0, 1, 2, 3, 5, 7, 9, 11, 14, 15, 16, 25, 31, 40)]
 
-    def tell(prompts, seeds):
+    def run_engine(prompts, seeds):
         steps = generate_tokens(model, prompts, seeds, NEVER, 1500, FREE)
-        return [(told.index, told.new, told.log_probability) for running in steps for told in running if told.done]
+        return [(row.index, row.new, row.log_probability) for running in steps for row in running if row.done]
 
-    together = sorted(tell(prompts, range(14)))
-    assert sorted((i, *tell([prompts[i]], [i])[0][1:]) for i in range(14)) == together
+    together = sorted(run_engine(prompts, range(14)))
+    assert sorted((i, *run_engine([prompts[i]], [i])[0][1:]) for i in range(14)) == together
     monkeypatch.setattr(engine, "MAX_ROWS", 3)
-    assert sorted(tell(prompts, range(14))) == together
+    assert sorted(run_engine(prompts, range(14))) == together
 
 
 def test_a_repetition_penalty_acts_on_prompt_and_story_but_never_on_the_end(model, monkeypatch):
     seen, original = [], engine.sample_next
     monkeypatch.setattr(engine, "sample_next", lambda *args: seen.append(args[3].clone()) or original(*args))
-    told = continue_all(model, [[0, 7, 9], [0]], [1, 2], SamplingConfig(repetition_penalty=1.1, max_new_tokens=9),
+    generated = continue_all(model, [[0, 7, 9], [0]], [1, 2], SamplingConfig(repetition_penalty=1.1, max_new_tokens=9),
                         end=0, num_tokens=1500)
-    for row, (prompt, new) in enumerate(zip([[7, 9], []], told, strict=True)):
+    for row, (prompt, new) in enumerate(zip([[7, 9], []], generated, strict=True)):
         for step in range(len(new)):
             assert set(seen[step][row].nonzero().flatten().tolist()) == {*prompt, *new[:step]} - {0}
 
@@ -267,22 +267,22 @@ def test_rows_that_have_ended_are_no_longer_computed(model, monkeypatch):
     monkeypatch.setattr(Transformer, "forward",
                         lambda self, tokens, **kwargs: rows.append(len(tokens)) or original(self, tokens, **kwargs))
     sampling = SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=400)
-    told = continue_all(make_model(max_seq_len=512), [[0, 7]] * 60, list(range(60)), sampling, num_tokens=20)
+    generated = continue_all(make_model(max_seq_len=512), [[0, 7]] * 60, list(range(60)), sampling, num_tokens=20)
     assert rows[0] == 60 and rows[-1] < 30 and rows == sorted(rows, reverse=True)
-    assert sum(rows) < sum(map(len, told)) + 60 * engine.CHECK_EVERY
+    assert sum(rows) < sum(map(len, generated)) + 60 * engine.CHECK_EVERY
 
 
 def test_log_probabilities_are_the_models_own_at_temperature_1(model):
     sampling = SamplingConfig(temperature=0.6, top_k=5, max_new_tokens=20, repetition_penalty=1.2)
-    told = [told for running in generate_tokens(model, [[0, 7], [0]], [1, 2], NEVER, 1500, sampling)
-            for told in running if told.done]
-    for one in told:
+    done = [row for running in generate_tokens(model, [[0, 7], [0]], [1, 2], NEVER, 1500, sampling)
+            for row in running if row.done]
+    for one in done:
         tokens = torch.tensor([[*one.prompt, *one.new]])
         with torch.no_grad():
             shares = model(tokens)[0].log_softmax(-1)  # (seq_len, vocab_size)
         expected = shares[len(one.prompt) - 1:-1].gather(1, torch.tensor(one.new)[:, None]).sum()
         assert one.log_probability == pytest.approx(expected.item(), abs=1e-3)
-    assert len(told) == 2
+    assert len(done) == 2
 
 
 @pytest.mark.parametrize(("compute", "tolerance"), [("float32", 1e-5), ("bf16", 0.02), ("int8", 0.03)])
@@ -317,7 +317,7 @@ def test_packing_works_without_the_private_operators(model, monkeypatch):
 def test_stories_begin_after_a_separator_and_with_the_prompt(model, tokenizer):
     seen = []
     stories = sorted(generate_stories(model, tokenizer, ["Once upon a time", ""], GREEDY, [1, 1],
-                                  lambda running: seen.append([told.prompt for told in running])))
+                                  lambda running: seen.append([row.prompt for row in running])))
     assert seen[0] == [[0, *tokenizer.encode("Once upon a time").ids], [0]]
     assert stories[0].text.startswith("Once upon a time") and END_OF_STORY not in stories[0].text
     assert len(stories[0].tokens) == 40 and not stories[0].ended
@@ -333,11 +333,11 @@ def test_a_prompt_that_fills_the_context_is_refused_in_one_line(model, tokenizer
 def test_a_growing_story_is_printed_in_whole_characters(tokenizer, capsys):
     text = "Lily said “naïve” 漢字 🐉🐉 and \ufffd left."
     ids = tokenizer.encode(text).ids
-    told = generate.Continuation(0, [0, *ids[:2]], 1, 99)
+    generated = generate.Continuation(0, [0, *ids[:2]], 1, 99)
     watch, pieces = print_as_it_grows(tokenizer), []
     for token in ids[2:]:
-        told.extend([token], [0.0], end=0)
-        watch([told])
+        generated.extend([token], [0.0], end=0)
+        watch([generated])
         pieces.append(capsys.readouterr().out)
     assert "".join(pieces) == text and "" in pieces  # a token ended inside a character, and nothing came of it yet
     assert all("\ufffd" not in piece for piece in pieces if "left" not in piece and " " not in piece)
@@ -364,7 +364,7 @@ def test_what_is_done_is_printed_and_recorded_when_it_is_interrupted(model, toke
 
 
 @pytest.mark.parametrize(("count", "tokens"), [(1, 2), (3, 3 * 2 * engine.CHECK_EVERY)])
-def test_what_was_told_until_ctrl_c_is_counted(model, tokenizer, monkeypatch, capsys, count, tokens):
+def test_tokens_generated_before_ctrl_c_are_counted(model, tokenizer, monkeypatch, capsys, count, tokens):
     """In the third round. Alone a story grows by a token a round, else by CHECK_EVERY."""
     draw, rounds = engine.decode_steps, []
 
@@ -380,15 +380,15 @@ def test_what_was_told_until_ctrl_c_is_counted(model, tokenizer, monkeypatch, ca
     assert f"{tokens} tokens, " in capsys.readouterr().err
 
 
-def test_stories_are_printed_in_their_order_while_others_are_still_told(model, tokenizer, monkeypatch, capsys):
+def test_stories_are_printed_in_order_while_others_are_still_generated(model, tokenizer, monkeypatch, capsys):
     printed = []
 
-    def tell(*args):
+    def run_engine(*args):
         for index in (1, 0, 3, 2):
             yield generate.Story(index, f"story {index}", [5], -1.0, True)
             printed.append(capsys.readouterr().out.split("\n\n")[:-1])
 
-    monkeypatch.setattr(generate, "generate_stories", tell)
+    monkeypatch.setattr(generate, "generate_stories", run_engine)
     generate_and_print(model, tokenizer, [""] * 4, GREEDY, range(4), lambda *args: None)
     assert printed == [[], ["story 0", "story 1"], [], ["story 2", "story 3"]]
 
@@ -442,7 +442,7 @@ def test_the_script_takes_the_newest_checkpoint_and_says_what_it_is(run_generate
     ("best_model.pth", 0, "epoch 2.50, validation loss 2.750"), ("best_model.pth", 1234, ", validation loss 2.750"),
     ("checkpoint_latest.pth", 1234, "best of its run: validation loss 2.750"),
     ("checkpoint_latest.pth", 0, "best of its run so far: validation loss 2.750"),
-    ("checkpoint_latest.pth", 1000, "best of its run so far: validation loss 2.750")])  # it was over, and went on
+    ("checkpoint_latest.pth", 1000, "best of its run so far: validation loss 2.750")])  # it was finished, then extended
 def test_whose_loss_it_is_depends_on_whether_the_run_is_over(folder, tmp_path, monkeypatch, capsys, name, completed,
                                                              part):
     checkpoint = load_checkpoint(folder / "checkpoints" / "my run" / "best_model.pth")
@@ -459,8 +459,8 @@ def test_a_checkpoint_from_before_the_first_evaluation_says_so(folder, tmp_path,
     save_checkpoint(tmp_path / "latest.pth", {**content, "best_val_loss": math.inf})
     monkeypatch.setattr(sys, "argv", ["generate.py", "--device", "cpu", "--checkpoint", str(tmp_path / "latest.pth")])
     generate.main(generate.parse_arguments())
-    told = capsys.readouterr().err
-    assert "epoch 2.50, not evaluated yet\n" in told and "warning" not in told and "inf" not in told
+    generated = capsys.readouterr().err
+    assert "epoch 2.50, not evaluated yet\n" in generated and "warning" not in generated and "inf" not in generated
 
 
 def test_a_full_disk_under_out_is_not_blamed_on_standard_output(tmp_path, monkeypatch):
@@ -534,21 +534,21 @@ def test_bytes_that_are_no_text_are_replaced(folder):
         assert done.returncode == 0 and done.stdout.startswith("One\ufffd day"), done.stderr
 
 
-def test_talking_settings_change_stories_go_on_and_mistakes_are_one_line(run_generate):
+def test_interactive_mode_changes_settings_and_reports_mistakes_in_one_line(run_generate):
     lines = ["Tom", "/set temperature 0", "Lily was", "Lily was", "/set temperatur 3", "/set top_p 7", "/set seed",
-             "/dance", "dog " * 100, "/help", "", "/quit", "never told"]
+             "/dance", "dog " * 100, "/help", "", "/quit", "never generated"]
     status, out, error = run_generate("--interactive", input="\n".join(lines))
     assert status == 0
-    assert out.startswith("Tom") and out.count("Lily was") == 2 and "never told" not in out
-    told = [part for part in out.split("\n\n") if part.startswith("Lily was")]
-    assert told[0].strip() == told[1].strip()  # another seed, but no uniforms at temperature 0
+    assert out.startswith("Tom") and out.count("Lily was") == 2 and "never generated" not in out
+    generated = [part for part in out.split("\n\n") if part.startswith("Lily was")]
+    assert generated[0].strip() == generated[1].strip()  # another seed, but no uniforms at temperature 0
     for part in ("did you mean temperature?", "error: /set top_p 7: ", "error: /set seed : ",
                  "error: /dance: unknown command", "context holds 48", "temperature 0"):
         assert part in error, part
     assert run_generate("--interactive", input="Tom\n")[0] == 0  # the end of the input ends it
 
 
-def test_a_talk_without_a_story_leaves_no_file(run_generate, folder):
+def test_interactive_mode_without_a_story_leaves_no_file(run_generate, folder):
     assert run_generate("--interactive", "--out", "run_interactive.jsonl", input="/help\n")[0] == 0
     assert not (folder / "run_interactive.jsonl").exists()
     assert run_generate("--interactive", "--out", "run_interactive.jsonl", input="Tom\n")[0] == 0
@@ -579,7 +579,7 @@ def test_in_a_terminal_ctrl_c_stops_the_story_and_not_the_program(folder):
 
     try:
         read_until(b"> ")
-        idle = b"/quit leaves)\r\n> "  # nothing is told yet
+        idle = b"/quit leaves)\r\n> "  # nothing is generated yet
         while idle not in seen:  # more than once: Python's readline misses a signal just before it begins to wait
             process.send_signal(signal.SIGINT)
             while idle not in seen and select.select([controller], [], [], 5)[0]:

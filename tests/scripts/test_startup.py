@@ -1,4 +1,4 @@
-"""A mistake in the command line or the YAML is told before torch is loaded, which takes seconds; so is --help."""
+"""A mistake in the command line or the YAML is reported before torch is loaded, which takes seconds; so is --help."""
 
 import os
 import signal
@@ -98,7 +98,7 @@ run_script(lambda nothing: main(), None)"""
 
 @pytest.mark.parametrize(("given", "spin_count"), [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"),
                                                    ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
-def test_waiting_threads_are_told_to_give_way_unless_the_user_says_otherwise(given, spin_count):
+def test_waiting_threads_yield_unless_the_user_set_otherwise(given, spin_count):
     plain = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     code = ("import os; from config.command_line import parse_before_imports; parse_before_imports(list); "
             "print(os.environ.get('GOMP_SPINCOUNT'))")

@@ -94,7 +94,7 @@ class Dangerous:
         return (print, ("code from a file was run",))
 
 
-def test_what_is_no_checkpoint_is_told_in_one_line(tmp_path, capsys):
+def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(tmp_path, capsys):
     good, path = tmp_path / "good.pth", tmp_path / "bad.pth"
     save_checkpoint(good, make_checkpoint())
     whole, wrong_shape = good.read_bytes(), make_checkpoint()
@@ -124,7 +124,7 @@ def test_what_is_no_checkpoint_is_told_in_one_line(tmp_path, capsys):
 def test_no_flipped_byte_is_believed(tmp_path):
     """Wherever it is: the file is refused, or the byte carried nothing and all comes back as it was."""
     path, original = tmp_path / "a.pth", make_checkpoint()
-    original = {"model": original.pop("model"), **original}  # its last tensors stand last in the file
+    original = {"model": original.pop("model"), **original}  # its last tensors are the last in the file
     save_checkpoint(path, original)
     whole, refused = path.read_bytes(), 0
     draw = random.Random(0)
@@ -198,7 +198,7 @@ def test_a_checkpoint_is_written_beside_what_comes_next_and_holds_what_was(tmp_p
     assert found["model"]["embedding"].data_ptr() == found["model"]["output"].data_ptr()  # tied: once
 
 
-def test_an_error_on_its_way_out_is_told_and_the_save_under_way_kept_whatever_signal_comes(tmp_path, monkeypatch):
+def test_an_error_is_reported_and_the_save_in_progress_kept_whatever_signal_comes(tmp_path, monkeypatch):
     """As under torchrun, which sends SIGTERM to the process that writes as soon as another one has left."""
     leaving, original = threading.Event(), run_folder.save_checkpoint
 
@@ -262,7 +262,7 @@ def test_a_full_disk_costs_a_line_and_nothing_else(tmp_path, monkeypatch, capsys
         with monkeypatch.context() as patch:
             patch.setattr("os.fsync", refuse)
             folder.save(LATEST, make_checkpoint)
-            assert not folder.wait_for_save() and LATEST in capsys.readouterr().out  # full anew is told anew
+            assert not folder.wait_for_save() and LATEST in capsys.readouterr().out  # reported each time
     lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
     assert (tmp_path / LATEST).read_bytes() != before
@@ -363,7 +363,7 @@ def test_only_files_of_runs_are_moved_or_removed(tmp_path):
         assert (tmp_path / name).read_text(encoding="utf-8") == name
 
 
-def test_going_on_from_an_older_checkpoint_makes_it_the_latest(tmp_path):
+def test_resuming_from_an_older_checkpoint_makes_it_the_latest(tmp_path):
     """So that a kill before the next save leaves a latest checkpoint and metrics that belong together."""
     size = run_in(tmp_path, 1)
     (tmp_path / LATEST).rename(tmp_path / "checkpoint_epoch_1.pth")
@@ -374,7 +374,7 @@ def test_going_on_from_an_older_checkpoint_makes_it_the_latest(tmp_path):
     assert runs(tmp_path) == (1, [1])
 
 
-def test_going_on_elsewhere_takes_the_metrics_and_the_best_along(tmp_path):
+def test_resuming_in_another_folder_copies_the_metrics_and_the_best_model(tmp_path):
     size = run_in(tmp_path / "a", 1)
     save_checkpoint(tmp_path / "a" / BEST, make_checkpoint() | {"iter_num": 7})
     run_in(tmp_path / "b", 2)
@@ -402,7 +402,7 @@ def test_without_writing_nothing_is_written(tmp_path):
     assert isinstance(folder, RunFolder) and not (tmp_path / "run").exists()
 
 
-def test_what_cannot_be_resumed_is_told_in_one_line(tmp_path):
+def test_what_cannot_be_resumed_is_refused_in_one_line(tmp_path):
     path, checkpoint = tmp_path / "a.pth", make_checkpoint()
     config = Config(model=SHAPE)
     assert check_resumable(checkpoint, path, config, "abc") == []

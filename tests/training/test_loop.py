@@ -62,8 +62,8 @@ def test_a_learned_cycle_is_continued(cyclic_model):
     for start in range(10):
         prompt = [(start + i) % 10 for i in range(4)]
         greedy = SamplingConfig(temperature=0, max_new_tokens=6)
-        told = next(generate_tokens(cyclic_model, [prompt], [0], 299, 300, greedy))
-        assert told[0].new == [(start + 4 + i) % 10 for i in range(6)]
+        running = next(generate_tokens(cyclic_model, [prompt], [0], 299, 300, greedy))
+        assert running[0].new == [(start + 4 + i) % 10 for i in range(6)]
 
 
 def test_the_model_predicts_the_next_token_not_the_one_after_nor_the_present_one(cyclic_model):
@@ -199,7 +199,7 @@ def test_compilation_that_fails_falls_back_and_says_so():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
-def test_freed_memory_is_not_given_back_only_to_be_zeroed_anew():
+def test_freed_memory_is_not_returned_only_to_be_zeroed_again():
     """In a process of its own: the page faults of 20 buffers of 64 MiB, more than glibc keeps by itself, after as many
     in which their places settle."""
     code = """
@@ -280,16 +280,16 @@ def test_from_stories_to_a_story(tiny_config, tmp_path, capsys):
     assert [entry["loss"] for entry in metrics(folder, "step")] == [entry["loss"] for entry in steps]
 
 
-@pytest.mark.parametrize(("settings", "told"), [
+@pytest.mark.parametrize(("settings", "phrase"), [
     (["optimizer.learning_rate=7e-3"], "adamw, learning rate 0.007"),
     (["optimizer.type=muon", "optimizer.learning_rate=7e-3"], "muon, learning rate 0.007"),
     (["optimizer.type=muon", "optimizer.muon_learning_rate=0.02"], "muon, learning rate 0.02 (0.003 for adamw's")])
-def test_a_run_of_one_step_says_so_and_what_takes_it(tiny_config, capsys, settings, told):
+def test_a_run_of_one_step_says_so_and_what_takes_it(tiny_config, capsys, settings, phrase):
     config = tiny_config("training.max_steps=1", "training.batch_size=1", *settings)
     assert start_run(config, None, None) == 0
     out = capsys.readouterr().out
     plan = [line for line in out.splitlines() if line.startswith("plan: ")]
-    assert "(1 sequence of 64 x 2)" in plan[1] and "1 step in all" in plan[1] and plan[1].count(told) == 1
+    assert "(1 sequence of 64 x 2)" in plan[1] and "1 step in all" in plan[1] and plan[1].count(phrase) == 1
     assert "Finished at step 1 (1 step in" in out and "this run has 1 step:" in out  # of which the warm-up would take 5
     assert not re.search(r"\b1 (?:steps|sequences|stories|evaluations)\b", out)
     with pytest.raises(UserError, match="has already finished its 1 step"):
@@ -339,7 +339,7 @@ def test_a_resumed_run_keeps_its_own_tokenizer(tiny_config, tmp_path, capsys):
     config = tiny_config("training.max_steps=3", "training.output_dir=a", "scheduler.warmup_steps=0")
     assert start_run(config, None, latest) == 0
     assert load_checkpoint(latest)["tokenizer"] == own
-    assert not (tmp_path / "tokenizer" / "tiny" / "tokenizer.json").exists()  # so it was not trained anew
+    assert not (tmp_path / "tokenizer" / "tiny" / "tokenizer.json").exists()  # so it was not trained again
     assert "the learning rate goes up from 6.0e-04" in capsys.readouterr().out
 
 
@@ -409,11 +409,11 @@ def test_the_layer_that_went_wrong_first_is_named_and_its_story_printed(tiny_con
     assert "step 2: loss nan" in line and "first to go wrong was the output of layers.0.attention.w" in line
     assert "nothing was saved" in line and "optimizer.learning_rate" in line and "\n" not in line
     sequence = int(out.partition("\nsequence ")[2].partition(" ")[0])
-    told = out.partition("the worst of its batch:\n  | ")[2].replace("\n  | ", "\n").strip("\n")
+    printed = out.partition("the worst of its batch:\n  | ")[2].replace("\n  | ", "\n").strip("\n")
     tokenizer = load_tokenizer("tokenizer/tiny")
     tokens = prepare_tokens(config.data, tokenizer, "train", show_progress=False).tokens
     text = tokenizer.decode(tokens[64 * sequence:64 * sequence + 64].tolist(), skip_special_tokens=False)
-    assert told == text.strip("\n") and sequence in training_sequences(8, 8, count_sequences(len(tokens), 64), 42)
+    assert printed == text.strip("\n") and sequence in training_sequences(8, 8, count_sequences(len(tokens), 64), 42)
 
 
 @pytest.mark.parametrize(("where", "expected"), [("layers.1.feed_forward.w2", "output"), ("layers.1", "gradient")])

@@ -87,7 +87,7 @@ def test_a_run_stopped_at_random_steps_ends_as_if_nothing_had_happened(start_scr
 
 @ON_POSIX
 @pytest.mark.parametrize(("number", "status"), [(2, 130), (15, 143), (1, 129)])  # SIGINT, SIGTERM, SIGHUP
-def test_an_interrupted_run_saves_the_step_at_hand_and_says_how_to_go_on(start_script, tmp_path, number, status):
+def test_an_interrupted_run_saves_the_current_step_and_says_how_to_resume(start_script, tmp_path, number, status):
     if signal.getsignal(number) == signal.SIG_IGN:
         pytest.skip("under nohup")
     process = start_script("--num_epochs", "1000", "--set", "training.eval_steps=100000", "--set",
@@ -101,7 +101,7 @@ def test_an_interrupted_run_saves_the_step_at_hand_and_says_how_to_go_on(start_s
 
 
 @ON_POSIX
-def test_a_closed_terminal_may_be_told_twice(monkeypatch):
+def test_a_closed_terminal_may_send_two_signals(monkeypatch):
     """By the shell and by the system: the step at hand is still saved."""
     monkeypatch.setattr(os, "_exit", sys.exit)
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -173,7 +173,7 @@ def test_a_full_disk_under_the_log_does_not_end_the_run(start_script, tmp_path):
 
 # The same from within
 
-def test_going_on_after_early_stopping_is_a_matter_of_patience(tiny_config, tmp_path):
+def test_a_higher_patience_resumes_a_run_that_stopped_early(tiny_config, tmp_path):
     from config import UserError
     config = tiny_config("training.output_dir=run", "training.eval_steps=2", "training.early_stopping_patience=1",
                          "optimizer.learning_rate=1e-12", "scheduler.min_lr=0", "training.num_epochs=3")
@@ -215,7 +215,7 @@ def test_an_evaluation_without_gain_is_drawn_and_takes_no_training_time(tiny_con
     assert len(drawn) == len(looks) == 4 and load_checkpoint(tmp_path / "run" / BEST)["iter_num"] == 3
 
 
-def test_too_long_a_prompt_is_told_before_training(tiny_config, tmp_path):
+def test_a_prompt_that_is_too_long_is_refused_before_training(tiny_config, tmp_path):
     from config import UserError
     with pytest.raises(UserError, match=r"the prompt .* shorten it"):
         train.start_run(tiny_config(f"sampling.prompts=[{'Once upon a time ' * 40}]"), None, None)
@@ -305,7 +305,7 @@ def test_other_training_tokens_are_refused(tiny_config, tmp_path, stories):
 # Several processes
 
 @ON_POSIX  # torchrun needs a torch built with libuv on Windows
-def test_two_processes_train_as_one_and_one_goes_on_where_two_stopped(start_script, train_here, tmp_path):
+def test_two_processes_train_as_one_and_one_resumes_where_two_stopped(start_script, train_here, tmp_path):
     """Dropout included: 20 steps by one, by two, and by one, two, one in turn."""
     settings = ["--set", "training.logging_steps=1", "--set", "scheduler.lr_decay_iters=20", "--resume"]
 
