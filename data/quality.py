@@ -8,6 +8,7 @@ from config import UserError
 from config.schema import DataConfig
 from config.values import counted
 from data.stories import open_stories
+from data.tokenizer import is_english
 
 FAULTS = {"empty": "empty", "cut_off": "cut off", "unreadable": "with lost characters",
           "repaired": "with a damaged encoding that cleaning repairs"}
@@ -21,12 +22,15 @@ def check_quality(data: DataConfig) -> str:
     """
     stories = open_stories(dataclasses.replace(data, clean=True), "train")  # cleaning is what counts the faults
     words = articles = 0
+    some: list[str] = []
     for story in islice(stories, data.quality_sample_size or None):
         words += len(story.split())
         articles += len(ARTICLE.findall(story))
+        some = [*some, story] if len(some) < 100 else some
     found = [f"{stories.counts[key]:,} {meaning}" for key, meaning in FAULTS.items() if stories.counts[key]]
     description = (f"{counted(stories.counts['stories'], 'good story')} looked at in {stories.name}; faults: "
-                   f"{', '.join(found) or 'none'}; {articles / max(1, words):.1%} of words are articles")
+                   f"{', '.join(found) or 'none'}"
+                   + (f"; {articles / max(1, words):.1%} of words are articles" if is_english(some) else ""))
     if found and data.quality_strict:
         raise UserError(f"quality: {description}. data.quality_strict is true, so training does not start: mend the "
                         "stories, or set it to false, and cleaning (data.clean) leaves out or repairs those texts")

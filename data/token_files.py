@@ -88,7 +88,7 @@ def describe_tokens(counts: dict[str, int]) -> str:
 
 
 def has_english(counts: dict[str, int]) -> bool:
-    """Whether the text is English, by its share of "the"; "a" is a word of other languages, too."""
+    """Whether the text is English, as is_english() does, by the counts of its token file."""
     return counts.get("the_tokens", counts["article_tokens"]) > 0.01 * counts["tokens"]
 
 

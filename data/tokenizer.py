@@ -88,6 +88,12 @@ def article_mask(tokenizer: Tokenizer, articles: Sequence[str] = ARTICLES) -> np
     return mask
 
 
+def is_english(texts: Sequence[str]) -> bool:
+    """Whether texts are English, by the share of "the" among their words; "a" is a word of other languages, too."""
+    words = " ".join(texts).lower().split()
+    return words.count("the") > 0.01 * len(words)
+
+
 def train_tokenizer(stories: Iterable[str], vocab_size: int, min_frequency: int = 2,
                     show_progress: bool = True) -> Tokenizer:
     """Train a byte-level BPE (Sennrich et al., 2016; bytes as in GPT-2) of at most vocab_size tokens.
@@ -155,8 +161,7 @@ def tokenizer_report(tokenizer: Tokenizer, vocab_size: int, held_out: list[str])
     number = counted(len(held_out), "held-out story")
     lines = [size, f"bytes per token: {num_bytes / max(1, num_tokens):.2f} on {number}",
              f"round trip: {len(held_out) - wrong:,} of {len(held_out):,} held-out stories are decoded byte for byte"]
-    words = " ".join(held_out).lower().split()
-    if words.count("the") < 0.01 * len(words):  # not English
+    if not is_english(held_out):
         return lines
     articles = []
     for article in (" a", " the", " an"):

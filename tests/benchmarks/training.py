@@ -278,7 +278,7 @@ def outside(name: str, overrides: list[str], args: argparse.Namespace) -> None:
             f"data.tokenizer_path={folder}/tokenizer", f"training.output_dir={folder}/run", *overrides])
         timed(train, "micro_batch", "data")
         timed(train, "log_steps", "logging")
-        timed(train, "look", "evaluation and samples")
+        timed(train, "evaluate_and_log", "evaluation and samples")
         timed(train.Run, "save", "saving")
         timed(train, "prepare_device", "compiling, plan")
         timed(train, "train", "whole")

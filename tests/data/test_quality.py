@@ -27,6 +27,12 @@ def test_faults_are_counted(tmp_path):
     assert "% of words are articles" in line and 20 < float(line.split("; ")[-1].split("%")[0]) < 30
 
 
+def test_articles_are_counted_in_english_text_only(tmp_path):
+    german = "Es war einmal eine Katze. Die Katze hatte einen Hut. A, an: das sah ein Uhu, und alle waren froh."
+    data = DataConfig(dataset=corpus(tmp_path, *(f"{german} {number}." for number in range(40))))
+    assert "good stories" in check_quality(data) and "articles" not in check_quality(data)
+
+
 def test_only_the_sample_is_read(tmp_path):
     data = DataConfig(dataset=corpus(tmp_path, *(f"{GOOD} {number}." for number in range(40)), "It was cut"),
                       quality_sample_size=10, validation_fraction=0.001)
