@@ -21,12 +21,12 @@ def check_quality(data: DataConfig) -> str:
     Raises UserError if a fault was found and data.quality_strict is true.
     """
     stories = open_stories(dataclasses.replace(data, clean=True), "train")  # cleaning is what counts the faults
-    words = articles = 0
-    some: list[str] = []
+    words, articles, some = 0, 0, []
     for story in islice(stories, data.quality_sample_size or None):
         words += len(story.split())
         articles += len(ARTICLE.findall(story))
-        some = [*some, story] if len(some) < 100 else some
+        if len(some) < 100:
+            some.append(story)
     found = [f"{stories.counts[key]:,} {meaning}" for key, meaning in FAULTS.items() if stories.counts[key]]
     description = (f"{counted(stories.counts['stories'], 'good story')} looked at in {stories.name}; faults: "
                    f"{', '.join(found) or 'none'}"
