@@ -34,13 +34,19 @@ def parse_arguments() -> tuple[argparse.Namespace, Config | None]:
     source.add_argument("--checkpoint", type=Path, help="resume from this file; without --config, with its own config")
     source.add_argument("--resume", action="store_true", help="resume from the latest checkpoint in training.output_"
                         "dir, or start if there is none yet: the same command starts a run and continues it")
+    parser.add_argument("--init_from", type=Path, metavar="FILE_OR_FOLDER", help="start a new run with the weights and "
+                        "the tokenizer of a checkpoint, or of a folder of Hugging Face transformers (fine-tuning); "
+                        "without --config, with the checkpoint's own config")
     parser.add_argument("--eval_only", action="store_true", help="only evaluate --checkpoint (default: the best)")
     args = parser.parse_args()
     if args.num_epochs:  # it replaces max_steps of the YAML, too
         args.overrides = ["training.max_steps=null", *args.overrides, f"training.num_epochs={args.num_epochs}"]
     if args.device:
         args.overrides.append(f"hardware.device={args.device}")
-    if args.checkpoint and not args.config:
+    if args.init_from and (args.checkpoint or args.eval_only):
+        parser.error(f"--init_from starts a new run, {'--checkpoint' if args.checkpoint else '--eval_only'} does not: "
+                     "give one of them")
+    if args.init_from or (args.checkpoint and not args.config):
         return args, check_overrides(args.overrides)
     return args, load_config(args.config or QUICKSTART, args.overrides)
 
@@ -71,7 +77,7 @@ from evaluation.validation import describe_evaluation, evaluate
 from inference.engine import encode_prompts, generate_samples, generate_stories
 from model import Transformer, count_parameters, flops_per_token
 from training.batch_size import choose_batch_size, estimate_memory
-from training.checkpoints import BEST, LATEST, check_resumable, load_checkpoint
+from training.checkpoints import BEST, LATEST, check_resumable, config_of_new_run, load_checkpoint, load_weights
 from training.distributed import DistributedContext, init_distributed
 from training.interruptions import FaultTolerantStream, deferred_interrupts
 from training.optimizer import describe_optimizer, make_optimizer
@@ -270,18 +276,24 @@ def probe_batch(run: Run, forward: Callable, batch_size: int) -> None:
 
 
 def prepare_run(config: Config, checkpoint: dict[str, Any] | None, source: Path | None, device: torch.device,
-                folder: RunFolder, distributed: DistributedContext) -> tuple[Run, TokenFile]:
-    """Tokenizer, token files, model, optimizer, and the state of the checkpoint. Returns the validation split too."""
+                folder: RunFolder, distributed: DistributedContext, initial: dict[str, Any] | None = None,
+                ) -> tuple[Run, TokenFile]:
+    """Tokenizer, token files, model, optimizer, and the state of the checkpoint. Returns the validation split too.
+
+    initial: a checkpoint whose weights and tokenizer a new run begins with.
+    """
     with distributed.main_process_first():
         if config.data.check_quality and not checkpoint and distributed.is_main:
             print(f"quality: {check_quality(config.data)}")
-        tokenizer = ensure_tokenizer(config, checkpoint and checkpoint["tokenizer"], source)
+        tokenizer = ensure_tokenizer(config, (checkpoint or initial or {}).get("tokenizer"), source)
         train_file, validation = (prepare_tokens(config.data, tokenizer, split, config.training.show_progress)
                                   for split in ("train", "validation"))
     encode_prompts(tokenizer, config.sampling.prompts, config.model.max_seq_len)  # raises if one is too long
     torch.manual_seed(config.training.seed)
     torch.set_float32_matmul_precision("high")  # allows tf32 on a GPU for what stays float32
     model = Transformer(config.model, config.training.use_gradient_checkpointing).to(device)
+    if initial and not checkpoint:
+        load_weights(model, initial, "--init_from")
     run = Run(config, tokenizer, model, make_optimizer(model, config), device, train_file, folder, distributed)
     if not run.sequences_per_epoch:
         raise UserError(f"{config.data.dataset}: {len(train_file.tokens):,} training tokens are fewer than one "
@@ -298,8 +310,11 @@ def prepare_run(config: Config, checkpoint: dict[str, Any] | None, source: Path 
     return run, validation
 
 
-def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | None, resume: bool = False) -> int:
+def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | None, resume: bool = False,
+              initial: dict[str, Any] | None = None) -> int:
     """From a config to a trained model and a story. Returns the exit status; with `resume`, a finished run is no error.
+
+    initial: a checkpoint whose weights and tokenizer a new run begins with.
     """
     device, training = choose_device(config.hardware.device), config.training
     checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
@@ -317,7 +332,7 @@ def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | 
             wanted = config.hardware.num_gpus
             print(f"note: hardware.num_gpus is {wanted}, but the number of processes is {distributed.world_size}; for "
                   f"{wanted}: torchrun --nproc_per_node={wanted} {shlex.join(sys.argv)}")
-        run, validation = prepare_run(config, checkpoint, checkpoint_path, device, folder, distributed)
+        run, validation = prepare_run(config, checkpoint, checkpoint_path, device, folder, distributed, initial)
         remaining = training.num_epochs * run.sequences_per_epoch - run.position
         total_steps = training.max_steps or run.iter_num + max(0, math.ceil(remaining / run.config.sequences_per_step))
         if run.iter_num and is_finished(run, total_steps) and run.completed == run.iter_num:
@@ -358,7 +373,10 @@ def print_summary(run: Run, before: int, seconds: float, to_extend: str, config_
 
 def main(arguments: tuple[argparse.Namespace, Config | None]) -> int:
     args, config = arguments
-    if config is None:
+    initial = load_checkpoint(args.init_from) if args.init_from else None
+    if initial:
+        config = config_of_new_run(initial, args.init_from, args.config, args.overrides)
+    elif config is None:
         config = config_from_dict(load_checkpoint(args.checkpoint)["config"], str(args.checkpoint), args.overrides)
     folder, checkpoint = Path(config.training.output_dir).expanduser(), args.checkpoint
     if args.eval_only:
@@ -369,9 +387,15 @@ def main(arguments: tuple[argparse.Namespace, Config | None]) -> int:
         checkpoint = folder / LATEST
     elif args.resume:
         print(f"resume: no {LATEST} in {folder} yet: starting a new run")
+    if initial and checkpoint is None:
+        print(f"init_from: the weights and the tokenizer of {args.init_from}, in a new run")
+        before = initial["config"]["model"]["max_seq_len"]
+        if config.model.max_seq_len != before:
+            print(f"note: model.max_seq_len is {config.model.max_seq_len}, but {before} in {args.init_from}"
+                  + (": the model has to learn the later positions" if config.model.max_seq_len > before else ""))
     sys.stdout, sys.stderr = FaultTolerantStream(sys.stdout), FaultTolerantStream(sys.stderr)
     with explain_out_of_memory():
-        return start_run(config, args.config, checkpoint, args.resume)
+        return start_run(config, args.config, checkpoint, args.resume, initial)
 
 
 if __name__ == "__main__":

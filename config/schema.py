@@ -207,9 +207,10 @@ SECTIONS = {section.name: [key.name for key in dataclasses.fields(section.defaul
             for section in dataclasses.fields(Config)}
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), model: dict[str, Any] | None = None) -> Config:
     """Read a YAML file, apply `section.key=value` overrides, and check everything.
 
+    model: values for keys of the model section that the file leaves out, instead of the defaults.
     Raises UserError, one line: the file, the key path, what was found, what is allowed, the nearest known name.
     """
     path = Path(path)
@@ -224,7 +225,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         values = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a UTF-8 text file (byte {error.start}); a YAML file is expected") from None
-    return config_from_dict({} if values is None else values, str(path), overrides)
+    values = {} if values is None else values
+    if model and isinstance(values, dict) and isinstance(values.get("model") or {}, dict):
+        values["model"] = {**model, **(values.get("model") or {})}
+    return config_from_dict(values, str(path), overrides)
 
 
 def config_from_dict(values: Any, source: str, overrides: Sequence[str] = ()) -> Config:

@@ -73,8 +73,8 @@ def prepare_tokens(data: DataConfig, tokenizer: Tokenizer, split: str, show_prog
         print(f"tokens: {split}: {notes}")
     bytes_per_token = found.counts["bytes"] / found.counts["tokens"]
     if bytes_per_token < MISFIT * found.fresh:
-        print(f"warning: {data.tokenizer_path} was made from other text: {bytes_per_token:.2f} bytes per token, where "
-              f"one made from this text has {found.fresh:.2f}: set data.tokenizer_path to a new folder")
+        print(f"warning: the tokenizer was made from other text: {bytes_per_token:.2f} bytes per token, where one made "
+              f"from this text has {found.fresh:.2f}; for a new model, set data.tokenizer_path to a new folder")
     return found
 
 

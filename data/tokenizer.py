@@ -62,6 +62,13 @@ def tokenizer_from_json(text: str, source: str) -> Tokenizer:
     return tokenizer
 
 
+def byte_characters() -> list[str]:
+    """The character that stands for each of the 256 bytes in a byte-level BPE (Radford et al., 2019)."""
+    printable = {*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)}  # these bytes stand for themselves
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
+
+
 def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
     """The number of UTF-8 bytes of each token id, int64, shape (tokenizer's vocabulary size,); 0 for special tokens.
 
@@ -221,7 +228,9 @@ def ensure_tokenizer(config: Config, saved: str | None = None, source: Path | No
     saved: the tokenizer.json in the checkpoint `source`; if given, it is used whatever the folder holds.
     """
     if saved:
-        return tokenizer_from_json(saved, str(source))
+        tokenizer = tokenizer_from_json(saved, str(source))
+        _check_separator(tokenizer, config, "the checkpoint's tokenizer")
+        return tokenizer
     path = Path(config.data.tokenizer_path).expanduser()
     if not (path / "tokenizer.json").exists() and not path.is_file():
         with file_lock(path / ".lock", f"tokenizer: {path}: another program is training it: waiting", wait=True):
@@ -233,13 +242,17 @@ def ensure_tokenizer(config: Config, saved: str | None = None, source: Path | No
     if size > wanted:
         raise UserError(f"{path}: has {size:,} tokens, but model.vocab_size is {wanted:,}: raise vocab_size, or set "
                         "data.tokenizer_path to a new folder, where a smaller one is then trained")
-    separator = tokenizer.token_to_id(END_OF_STORY)
-    if config.model.mask_stories and separator != SPECIAL_TOKENS.index(END_OF_STORY):
-        raise UserError(f"{path}: {END_OF_STORY} is its token {separator}, but model.mask_stories needs token 0: set "
-                        "mask_stories to false, or data.tokenizer_path to a new folder, where one is then trained")
+    _check_separator(tokenizer, config, str(path))
     print(f"tokenizer: {path}: reused, {size:,} tokens"
           + (f"; model.vocab_size is {wanted:,}, the rows above that stay unused" if size < wanted else ""))
     if size < wanted / 2:
         print(f"warning: that is less than half of model.vocab_size: if {path} was trained on other stories or for "
               "another size, set data.tokenizer_path to a new folder")
     return tokenizer
+
+
+def _check_separator(tokenizer: Tokenizer, config: Config, source: str) -> None:
+    separator = tokenizer.token_to_id(END_OF_STORY)
+    if config.model.mask_stories and separator != SPECIAL_TOKENS.index(END_OF_STORY):
+        raise UserError(f"{source}: {END_OF_STORY} is its token {separator}, but model.mask_stories needs token 0: set "
+                        "mask_stories to false, or data.tokenizer_path to a new folder, where one is then trained")

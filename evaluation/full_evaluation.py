@@ -50,7 +50,8 @@ def evaluate_checkpoint(config: Config, checkpoint_path: Path, show: Callable[[s
               "data": data or "validation", "likelihood": likelihood}
     if train_file:
         metrics = read_metrics(checkpoint_path.parent / METRICS)
-        checks = [*check_run(checkpoint, checkpoint_path, config, train_file),
+        of_run = check_run(checkpoint, checkpoint_path, config, train_file) if checkpoint["iter_num"] else []
+        checks = [*of_run,
                   *check_likelihood(likelihood, checkpoint["iter_num"], metrics, config.model.vocab_size)]
         result["checks"] = [check._asdict() for check in checks]
         show("\n".join(["", str(checkpoint_path), *map(str, checks)]))

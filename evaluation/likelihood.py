@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.batches import IGNORED, read_batch, validation_sequences
-from data.tokenizer import END_OF_STORY, article_mask, token_byte_lengths
+from data.tokenizer import END_OF_STORY, article_mask, byte_characters, token_byte_lengths
 
 POSITIONS = (1, 4, 16, 64, 256)  # the last position of each row of the table by position; one more row for the rest
 
@@ -26,9 +26,7 @@ def token_char_lengths(tokenizer: Tokenizer) -> np.ndarray:
     A character of several bytes may be spread over tokens. It counts in the token of its first byte, so that the sum
     over a text is the text's length. Continuation bytes are 0x80 to 0xbf, as a byte-level BPE spells them.
     """
-    printable = {*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)}  # these bytes stand for themselves
-    others = [byte for byte in range(256) if byte not in printable]
-    continuation = {chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(0x80, 0xc0)}
+    continuation = set(byte_characters()[0x80:0xc0])
     lengths = token_byte_lengths(tokenizer)
     for token, index in tokenizer.get_vocab().items():
         if lengths[index]:

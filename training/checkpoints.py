@@ -3,21 +3,24 @@
 model_from_checkpoint() rebuilds the model. training/run_folder.py writes the checkpoints of a run.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from config import Config, UserError, config_from_dict
+from config import Config, UserError, config_from_dict, load_config
 from data.atomic_files import atomic_write
 from data.cleaning import CLEANING_VERSION
 from model import Transformer
+from training.hf_format import is_hf_folder, read_hf_folder
 
 FORMAT = 2
 KEYS = {"model": dict, "config": dict, "tokenizer": str, "iter_num": int, "epoch": float, "best_val_loss": float}
@@ -27,6 +30,8 @@ CHECKPOINT_NAME = re.compile(r"checkpoint_latest\.pth|best_model\.pth|checkpoint
 # the attributes of train.py's Run that a checkpoint holds beside the weights and the optimizer
 RUN_STATE = ("iter_num", "position", "best_val_loss", "evaluations_without_gain", "evaluated", "completed", "unlogged",
              "norms")
+SHAPE = ("vocab_size", "d_model", "n_layers", "n_heads", "kv_heads", "d_ffn", "rotary_dim", "rope_base",
+         "rms_norm_eps", "tie_embeddings")  # what the weights of a model depend on
 OWN_CONFIG = "use --checkpoint without --config and --set, which takes the checkpoint's own"
 
 
@@ -39,8 +44,13 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint without running code from it. Raises UserError if it is missing, damaged or of another kind."""
+    """Read a checkpoint without running code from it; also a folder of Hugging Face transformers (hf_format.py).
+
+    Raises UserError if it is missing, damaged or of another kind.
+    """
     path = Path(path).expanduser()
+    if is_hf_folder(path):
+        return read_hf_folder(path)
     if path.is_dir():
         raise UserError(f"{path}: a folder; name the checkpoint in it, such as {path / LATEST}")
     if not path.is_file():
@@ -111,6 +121,29 @@ def load_weights(model: Transformer, checkpoint: dict[str, Any], source: str | P
     except RuntimeError as error:
         why = str(error).splitlines()[:2][-1].strip()
         raise UserError(f"{source}: its weights do not fit the model of the config: {why}") from None
+
+
+def config_of_new_run(initial: dict[str, Any], source: Path, config_path: Path | None,
+                      overrides: Sequence[str]) -> Config:
+    """The config of a new run that begins with the weights of a checkpoint. Raises UserError.
+
+    The model's shape is the checkpoint's, the rest is that of the YAML file; without one, the checkpoint's own.
+    """
+    own = config_from_dict(initial["config"], str(source))
+    if config_path is None:
+        config = config_from_dict(initial["config"], str(source), overrides)
+    else:
+        config = load_config(config_path, overrides, dataclasses.asdict(own.model))
+    for key in SHAPE:
+        before, now = getattr(own.model, key), getattr(config.model, key)
+        if before != now:
+            key = {"kv_heads": "n_kv_heads", "rotary_dim": "rope_percentage"}.get(key, key)
+            raise UserError(f"--init_from {source}: model.{key} is {getattr(own.model, key)} there, but "
+                            f"{getattr(config.model, key)} in the config: leave it out, since the weights determine it")
+    if Path(config.training.output_dir).expanduser().resolve() in source.expanduser().resolve().parents:
+        raise UserError(f"--init_from {source}: is in training.output_dir, and a new run moves what is there to "
+                        f"{PREVIOUS}/: set training.output_dir to another folder")
+    return config
 
 
 def check_model(checkpoint: dict[str, Any], source: Path, config: Config) -> None:

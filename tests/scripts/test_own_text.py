@@ -114,7 +114,7 @@ def test_the_tokenizer_of_other_text_is_a_warning(run_train, workplace):
     options = ["--set", f"data.dataset={path}", "--set", "training.output_dir=other"]
     for _ in range(2):  # when the token file is built, and when it is reused
         out = run_train(*options)[1]
-        assert "warning: tokenizer/tiny was made from other text: 1.0" in out and "data.tokenizer_path" in out
+        assert "warning: the tokenizer was made from other text: 1.0" in out and "data.tokenizer_path" in out
     assert "warning" not in run_train(*options, "--set", "data.tokenizer_path=tokenizer/hindi")[1]
 
 
