@@ -12,6 +12,7 @@ from evaluation.text_metrics import (
     closed_quotes,
     distinct,
     has_determiner,
+    has_words,
     learn,
     measure,
     split_words,
@@ -135,3 +136,18 @@ def test_a_hash_that_collides_is_not_believed(monkeypatch):
         max(0, len(tokens) - length + 1), dtype=np.uint64))
     monkeypatch.setattr("evaluation.memorization.BASE", np.uint64(0))
     assert longest_runs([np.arange(30)], np.arange(100, 200), show_progress=False).tolist() == [0]
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("एक लड़की थी।", ["एक", "लड़की", "थी", "।"]), ("সে বাগানে গেল!", ["সে", "বাগানে", "গেল", "!"]),
+    ("ذَهَبَتْ لَيْلَى.", ["ذَهَبَتْ", "لَيْلَى", "."]), ("Zoë’s cafe\u0301", ["Zoë's", "cafe\u0301"])])
+def test_words_of_other_scripts_are_whole(text, words):
+    """Their vowels may be combining marks, which Python's regular expressions take for no letters."""
+    assert split_words(text) == words
+
+
+@pytest.mark.parametrize(("text", "has"), [
+    ("A cat sat.", True), ("एक लड़की थी।", True), ("어디 있니?", True), ("从前有一只猫。", False),
+    ("猫がいました。", False), ("แมวนั่ง", False)])
+def test_scripts_without_spaces_have_no_words_to_count(text, has):
+    assert has_words([text] * 3) == has

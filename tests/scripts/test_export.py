@@ -1,6 +1,7 @@
 """Export to transformers, gguf and llama2c, and what comes back: the same tensors, logits and stories; --init_from."""
 
 import json
+import shlex
 import shutil
 import struct
 from dataclasses import replace
@@ -14,8 +15,9 @@ from safetensors.torch import load_file
 import evaluate
 import export
 import generate
+import train
 from config import Config, load_config
-from config.command_line import MAIN_CONFIG, QUICKSTART
+from config.command_line import MAIN_CONFIG, QUICKSTART, REPO
 from config.schema import ModelConfig, SamplingConfig
 from data.tokenizer import byte_characters
 from inference.engine import generate_tokens
@@ -368,8 +370,6 @@ def test_fine_tuning_is_better_than_the_same_steps_from_scratch(base, train_here
 
 def test_the_shape_comes_from_the_source(base, run_main, workplace):
     """A YAML that leaves the model out gets it; one that says otherwise is one line; the context may grow."""
-    import train
-
     (workplace / "own.yaml").write_text(
         "training: {max_steps: 2, batch_size: 4, gradient_accumulation_steps: 1, output_dir: new, eval_samples: 5}\n"
         "data: {dataset: sample, max_stories: 300, validation: validation.txt, tokenizer_path: tokenizer/tiny}\n"
@@ -398,3 +398,19 @@ def test_a_tokenizer_that_is_missing_tokens_is_refused(make, run_export, run_mai
     del content["model"]["vocab"]["<|endoftext|>"]
     (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     assert "<|endoftext|>" in error_of(run_main, "--checkpoint", "hf", script=generate)
+
+
+def test_the_guides_commands_work(train_here, run_main, workplace, stories):
+    """Those of "Take it elsewhere", "Bring one in" and "Fine-tune", in their order, on a tiny model."""
+    guide = (REPO / "docs" / "TRAINING_GUIDE.md").read_text(encoding="utf-8")
+    part = guide[guide.index("## 7. Take it elsewhere"):guide.index("## All config keys")]
+    commands = [shlex.split(line.strip()) for line in part.splitlines() if line.startswith("    python ")]
+    assert train_here("--set", "training.output_dir=checkpoints", "--set", "training.max_steps=4")[0] == 0
+    (workplace / "my_stories.txt").write_text("\n<|endoftext|>\n".join(stories[:20]), encoding="utf-8")
+    scripts = {"export.py": export, "generate.py": generate, "evaluate.py": evaluate, "train.py": train}
+    assert {command[1] for command in commands} == set(scripts) and len(commands) == 6
+    for _, script, *arguments in commands:
+        status, out, error = run_main(scripts[script], *arguments)
+        assert status == 0, (script, arguments, error)
+    assert {"my_model", "my_model.gguf", "my_model_run.c"} <= {path.name for path in workplace.iterdir()}
+    assert "step" in out and (workplace / "checkpoints" / "tuned" / "best_model.pth").exists()

@@ -6,6 +6,7 @@ import os
 import random
 
 import pytest
+from tokenizers import normalizers
 
 import evaluate
 import generate
@@ -239,6 +240,7 @@ def test_a_tokenizer_is_trimmed_to_what_the_stories_use(run_main, workplace, mon
     monkeypatch.chdir(workplace)
     texts = list(itertools.islice(synthetic_stories(seed=3), 300)) + make_stories(STORIES["Hindi"], 300)
     whole = train_tokenizer(texts, 3000, show_progress=False)
+    whole.normalizer = normalizers.Lowercase()  # it would lose text, so it is left out
     save_tokenizer(whole, "whole")
     content = json.loads(whole.to_str())
     (workplace / "old").mkdir()
@@ -257,6 +259,7 @@ def test_a_tokenizer_is_trimmed_to_what_the_stories_use(run_main, workplace, mon
     for text in (*stories[:50], *texts[-5:], "漢字 🦊 \x00\ufffd <|endoftext|>"):
         assert trimmed.decode(trimmed.encode(text).ids, skip_special_tokens=False) == text
     # the tokens most used stay whole, Hindi ones go, and what stays is what merges can make
+    whole.normalizer = normalizers.Sequence([])
     counts = count_tokens(whole, stories)
     top = sorted(range(len(counts)), key=lambda index: -counts[index])[:150]
     assert {whole.id_to_token(index) for index in top} <= set(trimmed.get_vocab())
