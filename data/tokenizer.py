@@ -3,13 +3,15 @@
 train_custom_tokenizer.py calls make_tokenizer(), which always trains one; train.py calls ensure_tokenizer().
 """
 
+import contextlib
 import itertools
 import json
 import re
+import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +118,8 @@ def train_tokenizer(stories: Iterable[str], vocab_size: int, min_frequency: int 
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=min_frequency, show_progress=show_progress,
                                   special_tokens=list(SPECIAL_TOKENS),
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    _interruptible(lambda: tokenizer.train_from_iterator(map(_cut_long_words, stories), trainer))
+    with _ending_at_once():
+        tokenizer.train_from_iterator(map(_cut_long_words, stories), trainer)
     return tokenizer_from_json(tokenizer.to_str(), "the new tokenizer")
 
 
@@ -125,22 +128,18 @@ def _cut_long_words(story: str) -> str:
     return LONG_WORD.sub("\\g<0>\n", story)
 
 
-def _interruptible(work: Callable[[], object]) -> None:
-    """Do the work in a thread, so that Ctrl-C need not wait until the library returns from it."""
-    errors = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
-    if errors:
-        raise errors[0]
+@contextlib.contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the program at once, since the library does not look at signals until it is done."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # the only one that may set them
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)
+                  if signal.getsignal(number) != signal.SIG_IGN}  # nohup ignores them
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:

@@ -4,8 +4,12 @@ import itertools
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
 
 import pytest
+from conftest import REPO
 from tokenizers import normalizers
 
 import evaluate
@@ -23,6 +27,8 @@ STORIES = {  # sentences of which a test makes stories
     "Japanese": ["女の子がいました。", "名前はさくらです。", "公園へ行きました。", "赤い花を見ました！",
                  "「きれいだね」と言いました。"],
 }
+
+CPU = ("--device", "cpu", "--compute", "float32")
 
 
 def write_jsonl(path, texts):
@@ -164,13 +170,13 @@ def trained(run_train):
 
 
 def test_a_story_ends_before_the_first_stop_text(trained, run_main):
-    status, whole, _ = run_main(generate, "--device", "cpu", "--max_new_tokens", "60")
+    status, whole, _ = run_main(generate, *CPU, "--max_new_tokens", "60")
     assert status == 0
     prompt = "Once upon a time there was"
     new = whole.strip("\n").removeprefix(prompt)
     stop = new[len(new) // 2:][:4]
     for several in ([], ["--num_samples", "2"]):  # as it grows, and in a batch
-        _, out, error = run_main(generate, "--device", "cpu", "--max_new_tokens", "60", "--stop", "never so", "--stop",
+        _, out, error = run_main(generate, *CPU, "--max_new_tokens", "60", "--stop", "never so", "--stop",
                                  stop, *several)
         assert out.split("\n\n")[0] == prompt + new[:new.index(stop)], error
     status, _, error = run_main(generate, "--stop", "")
@@ -178,11 +184,11 @@ def test_a_story_ends_before_the_first_stop_text(trained, run_main):
 
 
 def test_what_a_model_cannot_continue_is_noted(trained, run_main):
-    _, plain, error = run_main(generate, "--device", "cpu", "--prompt", "Tom and")
+    _, plain, error = run_main(generate, *CPU, "--prompt", "Tom and")
     assert "note" not in error
-    _, spaced, error = run_main(generate, "--device", "cpu", "--prompt", "Tom and  ")
+    _, spaced, error = run_main(generate, *CPU, "--prompt", "Tom and  ")
     assert spaced == plain and "spaces at the end of a prompt" in error
-    _, _, error = run_main(generate, "--device", "cpu", "--prompt", "<|endoftext|>Tom")
+    _, _, error = run_main(generate, *CPU, "--prompt", "<|endoftext|>Tom")
     assert "<|endoftext|> in a prompt is text" in error
 
 
@@ -193,37 +199,34 @@ def test_the_default_checkpoint_is_the_best_model_of_the_newest_run(trained, run
     assert "best_model.pth: step 4" in run_main(generate, "--device", "cpu")[2]
 
 
-def test_an_interrupted_tokenizer_training_ends_within_seconds(monkeypatch):
-    """Signals are handled while the library works: it runs in a thread that is not waited for."""
-    import threading
+@pytest.mark.skipif(os.name == "nt", reason="no such signals there")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_tokenizers_training_at_once(number):
+    """While the library merges, which takes it seconds, and during which it looks at no signal."""
+    code = """
+import random
+from data.tokenizer import train_tokenizer
+draw = random.Random(0)
+def stories():
+    for _ in range(4000):
+        yield " ".join("".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=9)) for _ in range(40))
+    print("merging", flush=True)
+train_tokenizer(stories(), 60000, show_progress=False)
+print("done", flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
+    assert process.stdout.readline() == "merging\n"
+    process.send_signal(number)
+    out, error = process.communicate()
+    assert (process.returncode, out, error) == (-number, "", "")
 
-    from data.tokenizer import train_tokenizer
 
-    started, release = threading.Event(), threading.Event()
-
-    def endless():
-        yield "A cat sat."
-        started.set()
-        release.wait(60)
-
-    def interrupt(self, timeout=None):
-        assert timeout is not None and timeout < 2, "a wait without limit would delay Ctrl-C"
-        started.wait(60)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(threading.Thread, "join", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train_tokenizer(endless(), 300, show_progress=False)
-    release.set()
-
-
-def test_very_long_words_are_cut_for_the_tokenizers_training_only(monkeypatch):
+def test_very_long_words_are_cut_for_the_tokenizers_training_only():
     from data import tokenizer as module
 
     draw = random.Random(0)
     dna = ["".join(draw.choice("ACGT") for _ in range(2000)) + f" {'=' * 300} {'7' * 300} the end." for _ in range(8)]
-    seen = []
-    monkeypatch.setattr(module, "_interruptible", lambda work: seen.append(work()))
     pieces = [piece for story in map(module._cut_long_words, dna) for piece in story.split()]
     assert max(map(len, pieces)) <= 101 and "".join(pieces) == "".join("".join(story.split()) for story in dna)
     assert module._cut_long_words("A healthy story, with “words”.") == "A healthy story, with “words”."
