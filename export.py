@@ -56,34 +56,7 @@ from training.hf_format import DTYPES as TORCH_DTYPES
 from training.hf_format import read_hf_folder, write_hf_folder
 from training.metrics import METRICS, read_metrics
 
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [tinystories, llama]
----
-# {name}
-
-A small language model of {parameters:,} parameters that writes stories, trained from scratch on {data}. It is a
-transformer in the style of [Llama 2](https://arxiv.org/abs/2307.09288): {layers} layers of width {width}, {heads}
-heads, a context of {context} tokens, and a byte-level BPE of {vocabulary:,} tokens.
-
-{quality}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}")
-prompt = tokenizer({prompt!r}, return_tensors="pt")  # the tokenizer puts {separator} before it, as in training
-print(tokenizer.decode(model.generate(**prompt)[0], skip_special_tokens=True))
-```
-
-One story (seed {seed}, temperature {temperature:g}):
-
-{story}
-
-{licence}
-"""
+CARD = Path(__file__).parent / "inference" / "model_card.md"
 LICENCE = "TinyStories (Eldan & Li, 2023, [arXiv:2305.07759](https://arxiv.org/abs/2305.07759)) is CDLA-Sharing-1.0."
 OTHER_LICENCE = "The licence of the weights depends on that text."
 
@@ -102,7 +75,7 @@ def write_card(folder: Path, checkpoint: dict[str, Any], source: Path, config: C
     tiny = config.data.dataset.startswith("tinystories")
     data = {"sample": "synthetic stories", "tinystories": "[TinyStories](https://huggingface.co/datasets/roneneldan/"
             "TinyStories)", "tinystories-v2": "TinyStoriesV2"}.get(config.data.dataset, Path(config.data.dataset).name)
-    (folder / "README.md").write_text(CARD.format(
+    (folder / "README.md").write_text(CARD.read_text(encoding="utf-8").format(
         name=name, parameters=count_parameters(model), data=data, layers=config.model.n_layers,
         width=config.model.d_model, heads=config.model.n_heads, context=config.model.max_seq_len,
         vocabulary=tokenizer.get_vocab_size(), quality=quality, prompt=sampling.prompts[0], separator="<|endoftext|>",
