@@ -5,9 +5,11 @@ import ctypes
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +43,17 @@ def choose_device(name: str) -> torch.device:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     return device
+
+
+def unused_gpu(device: torch.device) -> str:
+    """A warning if the CPU was chosen although an NVIDIA driver is here; else ""."""
+    driver = (shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
+              or Path(os.environ.get("SYSTEMROOT", "/none"), "System32", "nvcuda.dll").exists())
+    if device.type != "cpu" or not driver or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return ""
+    reason = "cannot use its driver: update the driver, or install" if torch.version.cuda else "has no CUDA: install"
+    return (f"warning: this machine has an NVIDIA GPU, but torch {torch.__version__} {reason} torch with the command "
+            "that https://pytorch.org/get-started/locally/ shows (Windows' default build has no CUDA)")
 
 
 def choose_precision(device: torch.device, use_bf16: bool, same_everywhere: Callable[[float], float] = float,
@@ -97,7 +110,9 @@ def choose_compile(model: nn.Module, probe: Callable[[Callable], object], device
         if use_compile is True:
             raise UserError(f"training.use_compile is true, but torch.compile fails here ({reason}): set it to auto "
                             "or false") from None
-        return model, f"eager (torch.compile does not work here: {reason})"
+        package = "triton-windows" if os.name == "nt" else "triton"
+        hint = f"; training is slower without it: pip install {package}" if "triton" in str(error).lower() else ""
+        return model, f"eager (torch.compile does not work here: {reason}{hint})"
     finally:
         model.zero_grad(set_to_none=True)
     return compiled, f"compiled in {time.perf_counter() - start:.0f} s"

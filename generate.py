@@ -68,7 +68,7 @@ from tqdm import tqdm
 from data.atomic_files import create_file, name_in_errors
 from data.readers import SEPARATOR, read_prompts
 from data.tokenizer import tokenizer_from_json
-from device import choose_device
+from device import choose_device, unused_gpu
 from evaluation.checklist import GOOD_LOSS
 from inference.engine import Continuation, Story, encode_prompts, find_stop, generate_stories
 from inference.packed_weights import choose_compute, pack
@@ -200,6 +200,8 @@ def print_model(checkpoint: dict, path: Path) -> None:
 def main(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts_file) if args.prompts_file else []
     device, path = choose_device(args.device), args.checkpoint or newest_checkpoint()
+    if args.device == "auto" and (warning := unused_gpu(device)):
+        print(warning, file=sys.stderr)
     checkpoint = load_checkpoint(path)
     sampling = change_settings(config_from_dict(checkpoint["config"], str(path)).sampling, args.settings, "--{} {}")
     if not prompts:

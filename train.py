@@ -58,7 +58,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config.values import counted, format_bytes, indented
+from config.values import counted, format_bytes, format_seconds, indented
 from data.batches import dropout_seed
 from data.quality import check_quality
 from data.token_files import TokenFile, prepare_tokens
@@ -70,6 +70,7 @@ from device import (
     explain_out_of_memory,
     keep_freed_memory,
     peak_flops,
+    unused_gpu,
 )
 from evaluation.full_evaluation import evaluate_checkpoint
 from evaluation.report import update_report
@@ -114,6 +115,7 @@ def train(run: Run, validation: TokenFile, total_steps: int) -> int:
     bar = tqdm(total=total_steps, initial=run.iter_num, unit="step", desc="train", dynamic_ncols=True, smoothing=0.05,
                disable=not (training.show_progress and sys.stderr.isatty()))
     run.clock = run.iter_num, time.perf_counter()
+    first_step = run.iter_num + 1
     with bar, deferred_interrupts() as signals:
         while not (stopping := run.distributed.any_process(bool(signals))):
             if is_evaluation_due(run, total_steps):
@@ -122,8 +124,11 @@ def train(run: Run, validation: TokenFile, total_steps: int) -> int:
             if is_finished(run, total_steps):
                 break
             epochs_done = int(run.epoch)
+            start = time.perf_counter()
             train_step(run, forward, total_steps)
             bar.update()
+            if run.iter_num - first_step < 2:
+                announce_duration(run, run.iter_num == first_step, start, total_steps)
             if run.iter_num % training.logging_steps == 0 or run.iter_num == total_steps:
                 log_steps(run, bar)
             if int(run.epoch) > epochs_done and training.keep_checkpoints and is_epoch_saved(run, epochs_done):
@@ -191,6 +196,23 @@ def evaluate_and_log(run: Run, validation: TokenFile) -> None:
         run.save(BEST)
     run.folder.draw()
     run.clock = run.iter_num, time.perf_counter()
+
+
+def announce_duration(run: Run, is_first: bool, start: float, total_steps: int) -> None:
+    """Say how long the run will take: by its second step, since the first one warms up, or by its first if it is slow.
+
+    start: time at the beginning of the step. Synchronizes with the device. More than a day is a warning, since the
+    device may not be the one intended.
+    """
+    read_losses(run)
+    seconds = time.perf_counter() - start
+    left = (total_steps - run.iter_num) * seconds
+    if left > 60 and is_first == (seconds > 20):
+        tqdm.write(f"plan: about {format_seconds(left)} for {counted(total_steps - run.iter_num, 'more step')}, by the "
+                   "first ones; evaluations come on top")
+        if left > 86_400:
+            tqdm.write(f"warning: that is more than a day, on the {run.device.type}: use a GPU, a smaller config such "
+                       "as config/tinystories_cpu.yaml, or --set training.max_steps")
 
 
 def log_steps(run: Run, bar: tqdm) -> None:
@@ -320,6 +342,8 @@ def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | 
     checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
     if checkpoint:  # fail before any work is done
         check_resumable(checkpoint, checkpoint_path, config)
+    if warning := unused_gpu(device):
+        print(warning)
     with (init_distributed(device) as distributed,
           lock_output_dir(Path(training.output_dir).expanduser(), distributed.is_main, update_report) as folder):
         if checkpoint:

@@ -143,6 +143,14 @@ def format_bytes(number: float) -> str:
     return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{max(1, round(number / 2**20)):,} MiB"
 
 
+def format_seconds(seconds: float) -> str:
+    """A duration in its largest unit: 40 seconds, 2.5 hours, 26 days."""
+    for unit, size in (("day", 86_400), ("hour", 3600), ("minute", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.{0 if seconds >= 10 * size else 1}f} {unit}s"
+    return f"{seconds:.0f} seconds"
+
+
 def one_line(value: Any) -> str:
     """The value as text on one line, shortened to 120 characters."""
     text = " ".join(str(value).split())

@@ -6,6 +6,7 @@ not seen. (torch's own FakeTensorMode has no numbers, and no backward pass in a 
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from conftest import REPO, TINY
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+import device as device_module
 import train
 from config import UserError, load_config
 from config.command_line import MAIN_CONFIG
@@ -259,3 +261,32 @@ def test_what_torch_says_of_a_gpu_is_what_is_used(gpu, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match="4 processes on this machine, but it has 2 GPUs"):
         choose_device("cuda")
+
+
+@pytest.mark.parametrize(("driver", "device", "cuda", "part"), [
+    (True, "cpu", None, "has no CUDA: install torch"), (True, "cpu", "13.0", "cannot use its driver"),
+    (False, "cpu", None, ""), (True, "cuda", "13.0", "")])
+def test_a_gpu_that_torch_cannot_use_is_a_warning(monkeypatch, driver, device, cuda, part):
+    """Windows' default torch has no CUDA, and the CPU would need weeks."""
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/nvidia-smi" if driver else None)
+    monkeypatch.setattr("pathlib.Path.exists", lambda path: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    warning = device_module.unused_gpu(torch.device(device))
+    assert (part in warning and warning.startswith("warning: ") and "pytorch.org" in warning) if part else not warning
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    assert not device_module.unused_gpu(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("seconds", "first", "second"), [
+    (0.1, "", "2.8 hours"), (25.0, "29 days", ""), (1e-4, "", "")])
+def test_the_first_steps_say_how_long_a_run_takes(monkeypatch, capsys, seconds, first, second):
+    """And a run of more than a day is a warning at its first step."""
+    now, run = [0.0], SimpleNamespace(iter_num=1, device=torch.device("cpu"))
+    monkeypatch.setattr(train, "read_losses", lambda run: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    for is_first, duration in ((True, first), (False, second)):
+        train.announce_duration(run, is_first, now[0], 100_001)
+        out = capsys.readouterr().out
+        assert (f"plan: about {duration} for 100,000 more steps" in out) if duration else not out
+        assert ("warning: that is more than a day, on the cpu" in out) == ("days" in duration)
