@@ -95,7 +95,7 @@ class Stories:
         if first is None or lowest == highest:
             return (lambda story: False), first
         if lowest >= fraction:
-            say_once(f"note: {self._source.name}: validation has only one story, so its loss says little; "
+            say_once(f"note: {self._source.name}: so few stories are held out that their loss says little; "
                      "set data.validation, or raise data.validation_fraction")
             return (lambda story: hash_to_unit(story) == lowest), None
         return (lambda story: hash_to_unit(story) != highest), None
