@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from config import UserError
-from config.values import counted, one_line
+from config.wording import counted, one_line
 
 # peak dense bf16 FLOP/s with float32 accumulation, from the vendors' data sheets, by a part of torch's device name
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12,

@@ -45,7 +45,7 @@ if __name__ == "__main__":
 
 import torch
 
-from config.values import counted, format_bytes
+from config.wording import counted, format_bytes
 from data.tokenizer import tokenizer_from_json
 from inference.engine import generate_stories
 from inference.gguf_format import read_gguf, write_gguf
@@ -54,7 +54,7 @@ from model import count_parameters
 from training.checkpoints import load_checkpoint, model_from_checkpoint, newest_checkpoint
 from training.hf_format import DTYPES as TORCH_DTYPES
 from training.hf_format import read_hf_folder, write_hf_folder
-from training.metrics import METRICS, read_metrics
+from training.metrics_file import METRICS, read_metrics
 
 CARD = Path(__file__).parent / "inference" / "model_card.md"
 LICENCE = "TinyStories (Eldan & Li, 2023, [arXiv:2305.07759](https://arxiv.org/abs/2305.07759)) is CDLA-Sharing-1.0."

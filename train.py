@@ -58,7 +58,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config.values import counted, format_bytes, format_seconds, indented
+from config.wording import counted, format_bytes, format_seconds, indented
 from data.batches import dropout_seed
 from data.quality import check_quality
 from data.token_files import TokenFile, prepare_tokens

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from config.errors import UserError, one_line_errors
-from config.other_names import suggest
 from config.schema import SECTIONS
+from config.unknown_keys import suggest
 
 REPO = Path(__file__).resolve().parent.parent
 QUICKSTART = REPO / "config" / "quickstart.yaml"

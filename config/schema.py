@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 
 from config.combinations import check_combinations
 from config.errors import UserError
-from config.other_names import accept_use_wandb, check_names, suggest
-from config.values import Bounds, build_section, one_line, parse_yaml, show
+from config.unknown_keys import accept_use_wandb, check_names, suggest
+from config.values import Bounds, build_section, parse_yaml
+from config.wording import one_line, show
 
 Positive = Annotated[int, Bounds(1)]
 Count = Annotated[int, Bounds(0)]

@@ -6,7 +6,7 @@ from itertools import islice
 
 from config import UserError
 from config.schema import DataConfig
-from config.values import counted
+from config.wording import counted
 from data.stories import open_stories
 from data.tokenizer import is_english
 

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from config import UserError
 from config.schema import DataConfig
-from config.values import format_bytes, one_line, show
+from config.wording import format_bytes, one_line, show
 
 SEPARATOR = "<|endoftext|>"  # the default of data.separator; in a record it separates stories, too
 CHUNK = 1 << 18  # bytes (for JSON characters) read at once

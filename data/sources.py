@@ -19,7 +19,7 @@ from typing import Any
 
 from config import UserError
 from config.schema import DataConfig
-from config.values import counted, one_line
+from config.wording import counted, one_line
 from data.readers import READERS, columns_of, kind_of, read_files, read_rows
 
 TINYSTORIES = "roneneldan/TinyStories"

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from config import UserError
 from config.schema import DataConfig
-from config.values import counted
+from config.wording import counted
 from data.atomic_files import atomic_write, file_lock, remove_partial_files
 from data.stories import Stories, describe_counts, open_stories
 from data.tokenizer import END_OF_STORY, article_mask, train_tokenizer

@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from config import Config, UserError
-from config.values import counted, one_line
+from config.wording import counted, one_line
 from data.atomic_files import atomic_write, file_lock, remove_partial_files
 from data.stories import open_stories
 

@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from config import Config, UserError
-from config.values import one_line
+from config.wording import one_line
 from data.stories import open_stories
 from data.tokenizer import SPECIAL_TOKENS, tokenizer_from_json, train_tokenizer
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from config import Config, UserError
-from config.values import counted
+from config.wording import counted
 from data.token_files import TokenFile, has_english, prepare_tokens
 from data.tokenizer import tokenizer_from_json
 from device import choose_device, choose_precision
@@ -22,7 +22,7 @@ from inference.engine import generate_stories
 from inference.packed_weights import choose_compute, pack
 from model import Transformer
 from training.checkpoints import check_model, load_checkpoint, model_from_checkpoint
-from training.metrics import METRICS, read_metrics
+from training.metrics_file import METRICS, read_metrics
 
 LEARN_FROM = 30_000  # training stories from which words and nouns are learned
 CHOOSE_FROM = 20_000  # validation stories from which references are chosen

@@ -15,7 +15,7 @@ from typing import Any
 
 from data.atomic_files import atomic_write
 from evaluation.text_metrics import ARTICLES
-from training.metrics import METRICS, read_metrics
+from training.metrics_file import METRICS, read_metrics
 from training.run_folder import EVALUATION, PICTURE, REPORT
 
 STYLE = Path(__file__).with_name("report.css")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from config import UserError
 from config.schema import SamplingConfig
-from config.values import show
+from config.wording import show
 from data.tokenizer import END_OF_STORY
 from device import send
 from inference.sampling import sample_next

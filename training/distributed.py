@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from config import Config, UserError
-from config.values import counted, one_line
+from config.wording import counted, one_line
 
 TIMEOUT = datetime.timedelta(hours=1)  # long, since the others wait while the main process writes the token files
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from config import Config, UserError, config_from_dict
 from config.schema import ModelConfig
-from config.values import one_line, show
+from config.wording import one_line, show
 from data.tokenizer import END_OF_STORY, SPECIAL_TOKENS, tokenizer_from_json
 from model import Transformer
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Config, UserError
-from config.values import indented
+from config.wording import indented
 from data.batches import count_sequences, dropout_seed, read_batch, training_sequences
 from data.cleaning import CLEANING_VERSION
 from data.token_files import TokenFile

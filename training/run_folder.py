@@ -13,12 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import UserError
-from config.values import format_bytes, one_line
+from config.wording import format_bytes, one_line
 from data.atomic_files import atomic_write, file_lock, remove_partial_files
 from training.checkpoints import BEST, CHECKPOINT_NAME, LATEST, PREVIOUS, save_checkpoint
 from training.interruptions import deferred_interrupts
 from training.loggers import Logger, open_logger
-from training.metrics import METRICS
+from training.metrics_file import METRICS
 
 REPORT, PICTURE, EVALUATION = "report.html", "loss.png", "evaluation.json"
 

@@ -3,7 +3,7 @@
 import math
 
 from config.schema import Config, SchedulerConfig
-from config.values import counted
+from config.wording import counted
 
 
 def learning_rate(step: int, peak: float, total_steps: int, scheduler: SchedulerConfig) -> float:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from config import Config, UserError, config_from_dict, run_script
 from config.command_line import Parser
-from config.values import counted
+from config.wording import counted
 from data.batches import IGNORED
 from data.stories import open_stories
 from data.token_files import TokenFile

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: no global state
 
 from config import UserError
-from config.values import counted
+from config.wording import counted
 from data.atomic_files import atomic_write
 from data.token_files import TokenFile
 from data.tokenizer import END_OF_STORY

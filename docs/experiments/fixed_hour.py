@@ -29,7 +29,7 @@ from device import choose_compile, choose_device, choose_precision, keep_freed_m
 from model import Transformer, count_parameters
 from train import accumulate_gradients, start_run
 from training.checkpoints import LATEST
-from training.metrics import read_metrics
+from training.metrics_file import read_metrics
 from training.optimizer import make_optimizer
 
 CONFIG = Path(__file__).with_suffix(".yaml")

@@ -14,7 +14,7 @@ import pytest
 from evaluation.report import FIGURES, update_report, write_report
 from train import start_run
 from training.loggers import open_logger
-from training.metrics import read_metrics
+from training.metrics_file import read_metrics
 from training.run_folder import EVALUATION, PICTURE, REPORT, lock_output_dir
 
 EVIL = '<script>alert("a")</script> & the <b>end</b> 故事'

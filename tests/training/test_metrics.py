@@ -7,7 +7,7 @@ import pytest
 
 import train
 from training.checkpoints import LATEST, load_checkpoint
-from training.metrics import read_metrics
+from training.metrics_file import read_metrics
 
 
 def test_a_run_resumed_and_stopped_again_early_has_no_metrics_beyond_its_checkpoint(tiny_config, tmp_path, monkeypatch):

@@ -1,11 +1,11 @@
-"""Keys as other trainers name them (llama2.c, nanoGPT, ...), answered with the keys of this project."""
+"""Unknown keys: the nearest known one, or this project's name for a key of another trainer (llama2.c, nanoGPT, ...)."""
 
 import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from config.errors import UserError
-from config.values import one_line, show
+from config.wording import one_line, show
 
 OTHER_NAMES = {
     "dim": "model.d_model", "hidden_size": "model.d_model", "n_embd": "model.d_model", "n_layer": "model.n_layers",
