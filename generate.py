@@ -48,7 +48,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write each story as a line of JSON to a new file")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     parser.add_argument("--compute", choices=("auto", "float32", "bf16", "int8"), default="auto",
-                        help="auto: bf16 where the device is faster with it, else float32; int8: 8-bit weights")
+                        help="auto: bf16 where the device is faster with it, else float32; int8 (8-bit weights) for a "
+                        "few stories on a CPU with fast bf16")
     args = parser.parse_args()
     if args.interactive and args.num_samples > 1:
         raise UserError(f"--num_samples {args.num_samples}: must be 1 with --interactive")
@@ -60,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    arguments = parse_before_imports(parse_arguments)
+    arguments = parse_before_imports(parse_arguments, spin=True)  # a token is many small products
 
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -75,6 +76,7 @@ from inference.packed_weights import choose_compute, pack
 from model import Transformer
 from training.checkpoints import BEST, load_checkpoint, model_from_checkpoint, newest_checkpoint
 
+FRAME = 1 / 30  # seconds between two looks at a growing story
 HELP = """Type the beginning of a story and press Enter (nothing: from scratch). Ctrl-C stops a story.
 /set NAME VALUE  change a setting, such as /set temperature 0.7
 /help            this text and the settings
@@ -84,10 +86,14 @@ HELP = """Type the beginning of a story and press Enter (nothing: from scratch).
 def print_as_it_grows(tokenizer: Tokenizer, stops: Sequence[str] = ()) -> Callable[[list[Continuation]], None]:
     """A function that prints the new text of the one running story: whole characters, and no part of a stop text."""
     decoded, waiting = None, ""  # the number of new tokens in the text so far, and its end that is not printed yet
+    shown = 0.0  # when the story was printed last
 
     def watch(running: list[Continuation]) -> None:
-        nonlocal decoded, waiting
+        nonlocal decoded, waiting, shown
         story = running[0]
+        if not story.done and time.perf_counter() - shown < FRAME:
+            return
+        shown = time.perf_counter()
         if decoded is None:
             print(tokenizer.decode(story.prompt, skip_special_tokens=True), end="")
             decoded = 0
@@ -211,7 +217,7 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = tokenizer_from_json(checkpoint["tokenizer"], str(path))
     encode_prompts(tokenizer, prompts, checkpoint["config"]["model"]["max_seq_len"])  # checks them before --out opens
     print_model(checkpoint, path)
-    compute, why = choose_compute(args.compute, device)
+    compute, why = choose_compute(args.compute, device, len(prompts) * args.num_samples)
     print(f"computing in {compute}{why}", file=sys.stderr)
     model = pack(model_from_checkpoint(checkpoint, path, device), compute)
     with (name_in_errors("standard output"),

@@ -61,8 +61,10 @@ def not_negative(text: str) -> int:
     return positive(text, low=0)
 
 
-def parse_before_imports(parse_arguments: Callable[[], Arguments]) -> Arguments:
+def parse_before_imports(parse_arguments: Callable[[], Arguments], spin: bool = False) -> Arguments:
     """Parse a script's command line and YAML before its slow imports (torch takes seconds), and set OpenMP up.
+
+    spin: let OpenMP's threads wait by spinning for long, which suits many small operations on an idle machine.
 
     A mistake is reported at once, in one line. Until run_script() takes over, Ctrl-C and SIGTERM exit immediately:
     there is nothing to clean up yet, and an import could turn the exception into a different one.
@@ -74,7 +76,7 @@ def parse_before_imports(parse_arguments: Callable[[], Arguments]) -> Arguments:
     with one_line_errors():
         arguments = parse_arguments()
     # waiting OpenMP threads should yield their core soon: with long spinning, one busy neighbour halves torch's speed
-    if "OMP_WAIT_POLICY" not in os.environ:
+    if not spin and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     return arguments
 

@@ -245,7 +245,7 @@ def test_what_torch_says_of_a_gpu_is_what_is_used(gpu, monkeypatch):
     precision, why = choose_precision(GPU, True)
     with precision():
         assert why == "bf16 autocast" and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-    assert choose_compute("auto", GPU) == ("bf16", "")
+    assert choose_compute("auto", GPU) == choose_compute("auto", GPU, rows=1) == ("bf16", "")
     with pytest.raises(UserError, match="only on the cpu, not on cuda"):
         choose_compute("int8", GPU)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)

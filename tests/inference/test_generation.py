@@ -285,6 +285,14 @@ def test_log_probabilities_are_the_models_own_at_temperature_1(model):
     assert len(done) == 2
 
 
+def test_auto_takes_int8_for_a_few_stories_where_bf16_is_fast(monkeypatch):
+    cpu = torch.device("cpu")
+    for speedup, chosen in ((2.0, ("int8", "bf16")), (0.5, ("float32", "float32"))):
+        monkeypatch.setattr("device.bf16_speedup_on_cpu", lambda speedup=speedup: speedup)
+        assert tuple(packed_weights.choose_compute("auto", cpu, rows)[0] for rows in (1, 100)) == chosen
+    assert packed_weights.choose_compute("float32", cpu, 1) == ("float32", "")
+
+
 @pytest.mark.parametrize(("compute", "tolerance"), [("float32", 1e-5), ("bf16", 0.02), ("int8", 0.03)])
 def test_packed_weights_give_the_models_logits(compute, tolerance):
     torch.manual_seed(1)
@@ -330,7 +338,8 @@ def test_a_prompt_that_fills_the_context_is_refused_in_one_line(model, tokenizer
     assert "context holds 48" in str(caught.value) and "'dog dog" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_growing_story_is_printed_in_whole_characters(tokenizer, capsys):
+def test_a_growing_story_is_printed_in_whole_characters(tokenizer, capsys, monkeypatch):
+    monkeypatch.setattr(generate, "FRAME", 0)
     text = "Lily said “naïve” 漢字 🐉🐉 and \ufffd left."
     ids = tokenizer.encode(text).ids
     generated = generate.Continuation(0, [0, *ids[:2]], 1, 99)
@@ -346,6 +355,21 @@ def test_a_growing_story_is_printed_in_whole_characters(tokenizer, capsys):
     cut.extend([0], [0.0], end=0)  # it ended inside a character: what is there is shown
     watch([cut])
     assert capsys.readouterr().out == "\ufffd"
+
+
+def test_a_growing_story_is_printed_no_more_often_than_a_screen_shows_it(tokenizer, capsys, monkeypatch):
+    """But to its end, at once when it is done."""
+    now = [0.0]
+    monkeypatch.setattr(generate.time, "perf_counter", lambda: now[0])
+    ids = tokenizer.encode("Lily had a red ball and she was happy all day long.").ids
+    story, watch, prints = generate.Continuation(0, [0], 1, len(ids)), print_as_it_grows(tokenizer), []
+    for token in ids:
+        now[0] += generate.FRAME / 4
+        story.extend([token], [0.0], end=0)
+        watch([story])
+        prints.append(capsys.readouterr().out)
+    assert "".join(prints) == tokenizer.decode(ids) and prints[-1]
+    assert sum(map(bool, prints)) <= len(ids) / 4 + 2
 
 
 def test_what_is_done_is_printed_and_recorded_when_it_is_interrupted(model, tokenizer, capsys):

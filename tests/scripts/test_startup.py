@@ -105,3 +105,6 @@ def test_waiting_threads_yield_unless_the_user_set_otherwise(given, spin_count):
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env={**plain, **given}, capture_output=True,
                           encoding="utf-8", check=True)
     assert done.stdout == spin_count + "\n"
+    spinning = subprocess.run([sys.executable, "-c", code.replace("(list)", "(list, spin=True)")], cwd=REPO,
+                              env={**plain, **given}, capture_output=True, encoding="utf-8", check=True)
+    assert spinning.stdout == given.get("GOMP_SPINCOUNT", "None") + "\n"
