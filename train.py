@@ -316,6 +316,11 @@ def prepare_run(config: Config, checkpoint: dict[str, Any] | None, source: Path 
     model = Transformer(config.model, config.training.use_gradient_checkpointing).to(device)
     if initial and not checkpoint:
         load_weights(model, initial, "--init_from")
+        print("init_from: a new run with the weights and the tokenizer of the checkpoint")
+        before, now = initial["config"]["model"]["max_seq_len"], config.model.max_seq_len
+        if now != before:
+            print(f"note: model.max_seq_len is {now}, but {before} in the checkpoint"
+                  + (": the model has to learn the later positions" if now > before else ""))
     run = Run(config, tokenizer, model, make_optimizer(model, config), device, train_file, folder, distributed)
     if not run.sequences_per_epoch:
         raise UserError(f"{config.data.dataset}: {len(train_file.tokens):,} training tokens are fewer than one "
@@ -342,14 +347,14 @@ def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | 
     checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
     if checkpoint:  # fail before any work is done
         check_resumable(checkpoint, checkpoint_path, config)
-    if warning := unused_gpu(device):
-        print(warning)
     with (init_distributed(device) as distributed,
           lock_output_dir(Path(training.output_dir).expanduser(), distributed.is_main, update_report) as folder):
         if checkpoint:
             before = config_from_dict(checkpoint["config"], str(checkpoint_path))
             config = config.keep_batch_size(before, distributed.world_size)
         distributed.check_divisible(config)
+        if config.hardware.device == "auto" and (warning := unused_gpu(device)):
+            print(warning)
         if not distributed.is_main:
             config = replace(config, training=replace(config.training, show_progress=False))
         if config.hardware.num_gpus not in (None, distributed.world_size):
@@ -411,12 +416,6 @@ def main(arguments: tuple[argparse.Namespace, Config | None]) -> int:
         checkpoint = folder / LATEST
     elif args.resume:
         print(f"resume: no {LATEST} in {folder} yet: starting a new run")
-    if initial and checkpoint is None:
-        print(f"init_from: the weights and the tokenizer of {args.init_from}, in a new run")
-        before = initial["config"]["model"]["max_seq_len"]
-        if config.model.max_seq_len != before:
-            print(f"note: model.max_seq_len is {config.model.max_seq_len}, but {before} in {args.init_from}"
-                  + (": the model has to learn the later positions" if config.model.max_seq_len > before else ""))
     sys.stdout, sys.stderr = FaultTolerantStream(sys.stdout), FaultTolerantStream(sys.stderr)
     with explain_out_of_memory():
         return start_run(config, args.config, checkpoint, args.resume, initial)

@@ -354,7 +354,7 @@ def test_fine_tuning_is_better_than_the_same_steps_from_scratch(base, train_here
     for name, more in (("tuned", ["--init_from", base]), ("from hf", ["--init_from", "hf"]), ("scratch", [])):
         status, out, error = train_here(*settings, "--set", f"training.output_dir={name}", *more)
         assert status == 0, error
-        assert ("init_from: the weights and the tokenizer of" in out) == bool(more)
+        assert ("init_from: a new run with the weights" in out) == bool(more)
     assert losses_of(workplace / "tuned")[-1] < losses_of(workplace / "scratch")[-1] - 0.3
     assert losses_of(workplace / "from hf") == losses_of(workplace / "tuned")
     # stopped after 5 steps and resumed, it is the same run
