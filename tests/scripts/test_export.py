@@ -192,6 +192,13 @@ def test_a_gguf_file_holds_the_weights_and_the_tokenizer(make, run_export, tmp_p
     for name, (tensor, error) in read_gguf(tmp_path / "m.gguf", shape).items():
         difference = (tensor - original[name]).abs()
         assert (difference <= error).all() and difference.max() <= largest * original[name].abs().max()
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    for name, parts in (("attn_qkv", ["attention.wq", "attention.wk", "attention.wv"]),  # as llama.cpp reads them
+                        ("ffn_up", ["feed_forward.w1", "feed_forward.w3"])):
+        tensor = stored[f"blk.1.{name}.weight"]
+        joined = torch.cat([original[f"layers.1.{part}.weight"] for part in parts])
+        found = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        assert (found - joined).abs().max() <= largest * joined.abs().max()
     fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
     values = {name: field.contents() for name, field in fields.items()}
     assert values["general.architecture"] == "phi3" and values["phi3.rope.dimension_count"] == shape.rotary_dim
@@ -243,6 +250,13 @@ def test_run_c_finds_weights_and_ids_where_it_looks(make, run_export, tmp_path, 
     # the file's first row of the embedding is that of id 0 of run.c
     values = np.frombuffer((tmp_path / "rc" / "model.bin").read_bytes(), "<f4", offset=28)
     assert values[:shape.d_model].tolist() == original["tok_embeddings.weight"][order[0]].tolist()
+    width, layers, kv_rows = shape.d_model, shape.n_layers, shape.kv_heads * shape.head_dim
+    place = shape.vocab_size * width + layers * width  # run.c's pointers: embedding, norms, wq, wk, wv, wo, norms, w1 ...
+    assert values[place:place + width].tolist() == original["layers.0.attention.wq.weight"][0].tolist()
+    place += layers * (2 * width * width + 2 * kv_rows * width + width)
+    assert values[place:place + width].tolist() == original["layers.0.feed_forward.w1.weight"][0].tolist()
+    place += layers * 2 * width * shape.d_ffn
+    assert values[place:place + width].tolist() == original["layers.0.feed_forward.w3.weight"][0].tolist()
     # merging by score gives our tokens: the pair of highest score first, as run.c does
     scores = {text: score for score, text in pieces}
     for text in ("Once upon a time there was a little girl named Lily.", "The dog said, \"I don't know!\""):
