@@ -197,7 +197,7 @@ def test_a_gguf_file_holds_the_weights_and_the_tokenizer(make, run_export, tmp_p
                         ("ffn_up", ["feed_forward.w1", "feed_forward.w3"])):
         tensor = stored[f"blk.1.{name}.weight"]
         joined = torch.cat([original[f"layers.1.{part}.weight"] for part in parts])
-        found = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        found = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
         assert (found - joined).abs().max() <= largest * joined.abs().max()
     fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
     values = {name: field.contents() for name, field in fields.items()}
@@ -251,7 +251,7 @@ def test_run_c_finds_weights_and_ids_where_it_looks(make, run_export, tmp_path, 
     values = np.frombuffer((tmp_path / "rc" / "model.bin").read_bytes(), "<f4", offset=28)
     assert values[:shape.d_model].tolist() == original["tok_embeddings.weight"][order[0]].tolist()
     width, layers, kv_rows = shape.d_model, shape.n_layers, shape.kv_heads * shape.head_dim
-    place = shape.vocab_size * width + layers * width  # run.c's pointers: embedding, norms, wq, wk, wv, wo, norms, w1 ...
+    place = shape.vocab_size * width + layers * width  # run.c: embedding, norms, wq, wk, wv, wo, ...
     assert values[place:place + width].tolist() == original["layers.0.attention.wq.weight"][0].tolist()
     place += layers * (2 * width * width + 2 * kv_rows * width + width)
     assert values[place:place + width].tolist() == original["layers.0.feed_forward.w1.weight"][0].tolist()
