@@ -167,16 +167,11 @@ def build_token_file(stories: Stories, tokenizer: Tokenizer, path: Path, fingerp
 
 
 def _encode_all(stories: Stories, tokenizer: Tokenizer, file: BinaryIO, show_progress: bool) -> dict[str, int]:
-    masks = {"article_tokens": article_mask(tokenizer), "the_tokens": article_mask(tokenizer, ["the"])}
-    dtype = _dtype(tokenizer).newbyteorder("<")
+    dtype, used = _dtype(tokenizer).newbyteorder("<"), np.zeros(tokenizer.get_vocab_size(), np.int64)
     encode, separator = make_encoder(tokenizer, dtype), np.array(tokenizer.token_to_id(END_OF_STORY), dtype).tobytes()
-    counts = {"tokens": 0, "article_tokens": 0, "the_tokens": 0}
 
     def write(ids: bytes) -> None:
-        array = np.frombuffer(ids, dtype)
-        counts["tokens"] += len(array)
-        for key, mask in masks.items():
-            counts[key] += int(mask[array].sum())
+        used[:] += np.bincount(np.frombuffer(ids, dtype), minlength=len(used))
         file.write(ids)
 
     with tqdm(total=stories.total_bytes, unit="B", unit_scale=True, desc="tokenize", leave=False,
@@ -185,7 +180,9 @@ def _encode_all(stories: Stories, tokenizer: Tokenizer, file: BinaryIO, show_pro
             write(b"".join(separator + ids for ids in encode(chunk)))
             progress.update(num_bytes)
     write(separator)
-    return {**counts, **{key: int(count) for key, count in stories.counts.items()}}
+    counts = {"tokens": used.sum(), "article_tokens": used[article_mask(tokenizer)].sum(),
+              "the_tokens": used[article_mask(tokenizer, ["the"])].sum(), **stories.counts}
+    return {key: int(count) for key, count in counts.items()}
 
 
 def _chunks(stories: Stories) -> Iterator[tuple[list[str], int]]:

@@ -235,6 +235,8 @@ def ensure_tokenizer(config: Config, saved: str | None = None, source: Path | No
         with file_lock(path / ".lock", f"tokenizer: {path}: another program is training it: waiting", wait=True):
             if not (path / "tokenizer.json").exists():
                 remove_partial_files(path, "tokenizer.json")
+                check_empty(path)
+                next(iter(open_stories(config.data, "validation")))  # raises if the run could not use the tokenizer
                 return make_tokenizer(config, path)
     tokenizer, wanted = load_tokenizer(path), config.model.vocab_size
     size = tokenizer.get_vocab_size()

@@ -32,7 +32,7 @@ RUN_STATE = ("iter_num", "position", "best_val_loss", "evaluations_without_gain"
              "norms")
 SHAPE = ("vocab_size", "d_model", "n_layers", "n_heads", "kv_heads", "d_ffn", "rotary_dim", "rope_base",
          "rms_norm_eps", "tie_embeddings")  # what the weights of a model depend on
-OWN_CONFIG = "use --checkpoint without --config and --set, which takes the checkpoint's own"
+OWN_CONFIG = "its own config is taken by --checkpoint {} without --config and --set"
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -151,7 +151,8 @@ def check_model(checkpoint: dict[str, Any], source: Path, config: Config) -> Non
     saved = config_from_dict(checkpoint["config"], str(source)).to_dict()["model"]
     for key, value in config.to_dict()["model"].items():
         if key not in ("dropout", "use_flash_attention") and saved[key] != value:  # no weight depends on these two
-            raise UserError(f"{source}: model.{key} is {saved[key]} there, but {value} in the config: {OWN_CONFIG}")
+            raise UserError(f"{source}: model.{key} is {saved[key]} there, but {value} in the config: "
+                            + OWN_CONFIG.format(source))
 
 
 def check_resumable(checkpoint: dict[str, Any], source: Path, config: Config, train_digest: str | None = None,
@@ -176,13 +177,13 @@ def check_resumable(checkpoint: dict[str, Any], source: Path, config: Config, tr
     old_type, new_type = before["optimizer"]["type"], now["optimizer"]["type"]
     if old_type != new_type:
         raise UserError(f"{source}: optimizer.type is {old_type} there, but {new_type} in the config, and their states "
-                        f"differ: {OWN_CONFIG}")
+                        f"differ: {OWN_CONFIG.format(source)}")
     for key in ("dataset", "max_stories"):
         was, new = before["data"][key], now["data"][key]
         # two paths may hold the same stories; once the tokens are prepared, train_digest decides that
         if was != new and (key == "max_stories" or "sample" in (was, new)):
             raise UserError(f"{source}: data.{key} is {json.dumps(was)} there, but {json.dumps(new)} in the config: a "
-                            f"run resumes with the stories that it started with: {OWN_CONFIG}")
+                            f"run resumes with the stories that it started with: {OWN_CONFIG.format(source)}")
     for section, values in now.items():
         changed += [f"{section}.{key} {before[section][key]} -> {value}" for key, value in values.items()
                     if before[section][key] != value and key not in ("show_progress", "output_dir")]

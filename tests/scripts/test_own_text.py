@@ -134,6 +134,13 @@ def test_the_tokenizer_needs_no_validation_split(run_main, workplace, monkeypatc
     assert "note: no held-out stories" in out
 
 
+def test_a_run_that_cannot_be_leaves_no_tokenizer(run_train, workplace):
+    (workplace / "short.txt").write_text("A short play. Enter a cat.", encoding="utf-8")
+    status, out, error = run_train("--set", "data.dataset=short.txt", "--set", "data.tokenizer_path=tokenizer/short")
+    assert status == 2 and "too short to hold out its end" in error and "tokenizer: training" not in out
+    assert not (workplace / "tokenizer" / "short" / "tokenizer.json").exists()
+
+
 # Messages and habits
 
 @pytest.mark.parametrize(("arguments", "advice"), [
