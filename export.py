@@ -47,7 +47,7 @@ import torch
 
 from config.wording import counted, format_bytes
 from data.tokenizer import tokenizer_from_json
-from inference.engine import generate_stories
+from inference.generation import generate_stories
 from inference.gguf_format import read_gguf, write_gguf
 from inference.llama2c_format import read_llama2c, write_llama2c
 from model import count_parameters

@@ -71,7 +71,8 @@ from data.readers import SEPARATOR, read_prompts
 from data.tokenizer import tokenizer_from_json
 from device import choose_device, unused_gpu
 from evaluation.checklist import GOOD_LOSS
-from inference.engine import Continuation, Story, encode_prompts, find_stop, generate_stories
+from inference.engine import Continuation
+from inference.generation import Story, encode_prompts, find_stop, generate_stories
 from inference.packed_weights import choose_compute, pack
 from model import Transformer
 from training.checkpoints import BEST, load_checkpoint, model_from_checkpoint, newest_checkpoint

@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from config.schema import ModelConfig
 from device import send
 
-MIN_SLOTS = 32  # attention reads at least so many cache slots: below 16, CPU products round their sums differently
 SEPARATOR = 0  # the id of <|endoftext|>, which precedes every story (the first special token of data/tokenizer.py)
 
 
@@ -51,7 +50,7 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, max_rows: int, max_len: int, device: torch.device,
                  dtype: torch.dtype = torch.float32) -> None:
-        shape = (max_rows, config.kv_heads, max(max_len, MIN_SLOTS), config.head_dim)
+        shape = (max_rows, config.kv_heads, max_len, config.head_dim)
         self.layers = [(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
                        for _ in range(config.n_layers)]
         self.device, self.lengths = device, [0] * max_rows
@@ -65,21 +64,15 @@ class KVCache:
 
         Slots: one slice if they are the same in all rows, else int64, (rows, seq_len).
         """
-        end, equal = self.length + seq_len, min(self.lengths) == self.length
-        if equal and end >= MIN_SLOTS:
+        end = self.length + seq_len
+        if min(self.lengths) == self.length:
             return slice(self.length, end), None  # the fast case: no scatter, no mask
-        starts = send(torch.tensor(self.lengths[:1] if equal else self.lengths), self.device)
-        positions = starts[:, None] + torch.arange(seq_len, device=self.device)  # (1 or rows, seq_len)
-        slots = torch.arange(max(end, MIN_SLOTS), device=self.device)
-        hidden = slots > positions[:, None, :, None]  # (1 or rows, 1, seq_len, slots): later or unfilled slots
-        mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -math.inf)
-        return slice(self.length, end) if equal else positions, mask
+        starts = send(torch.tensor(self.lengths), self.device)
+        positions = starts[:, None] + torch.arange(seq_len, device=self.device)  # (rows, seq_len)
+        return positions, cache_mask(positions, end)
 
     def append(self, layer: int, positions: slice | Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values, (rows, n_kv_heads, seq_len, head_dim), at `positions`; return all filled slots.
-
-        Returns at least MIN_SLOTS slots, so that a row's result does not depend on the lengths of the other rows.
-        """
+        """Store keys and values, (rows, n_kv_heads, seq_len, head_dim), at `positions`; return all filled slots."""
         rows, end = len(self.lengths), self.length + keys.shape[2]
         for cached, new in zip(self.layers[layer], (keys, values), strict=True):
             if isinstance(positions, slice):
@@ -88,7 +81,17 @@ class KVCache:
                 row = torch.arange(rows, device=self.device)[:, None]  # (rows, 1)
                 cached[row, :, positions] = new.transpose(1, 2).type_as(cached)  # (rows, seq_len, n_kv_heads, head_dim)
         keys, values = self.layers[layer]
-        return keys[:rows, :, :max(end, MIN_SLOTS)], values[:rows, :, :max(end, MIN_SLOTS)]
+        return keys[:rows, :, :end], values[:rows, :, :end]
+
+    def advance(self, seq_len: int) -> None:
+        """Count the tokens that were appended in all layers."""
+        self.lengths = [length + seq_len for length in self.lengths]
+
+
+def cache_mask(positions: Tensor, slots: int) -> Tensor:
+    """The additive mask, 0 or -inf, (rows, 1, seq_len, slots), that hides the slots after each row's `positions`."""
+    hidden = torch.arange(slots, device=positions.device) > positions[:, None, :, None]
+    return torch.zeros(hidden.shape, device=positions.device).masked_fill(hidden, -math.inf)
 
 
 class Attention(nn.Module):
@@ -116,7 +119,8 @@ class Attention(nn.Module):
         queries, keys, values = self.project(x, cos, sin)
         if cache is not None:
             keys, values = cache.append(self.layer, positions, keys, values)  # (batch, n_kv_heads, all_len, head_dim)
-        attend = flash_attention if self.config.use_flash_attention and cache is None else plain_attention
+        fused = cache is None or (mask is not None and x.device.type == "cuda")  # see plain_attention()
+        attend = flash_attention if fused and self.config.use_flash_attention else plain_attention
         out = attend(queries, keys, values, mask)  # (batch, n_heads, seq_len, head_dim)
         return self.wo(out.transpose(1, 2).reshape(x.shape))  # (batch, seq_len, d_model)
 
@@ -148,7 +152,7 @@ def flash_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor 
     if mask is None:
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=group > 1)
     keys, values = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (keys, values))  # no kernel has both
-    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask.type_as(queries))
+    return F.scaled_dot_product_attention(queries.type_as(keys), keys, values, attn_mask=mask.type_as(keys))
 
 
 def plain_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -156,7 +160,7 @@ def plain_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor 
 
     keys, values: (batch, n_kv_heads, all_len, head_dim); the queries are the last of all_len, unless a mask, (batch or
     1, 1, seq_len, all_len), 0 or -inf, says what each query sees. With one query a row, this is faster on a CPU than
-    the fused kernels, and a row's bits depend neither on the other rows nor, from MIN_SLOTS on, on masked slots.
+    the fused kernels.
     """
     batch, heads, seq_len, head_dim = queries.shape
     # the heads of a group become queries of their one key/value head: (batch, n_kv_heads, group * seq_len, head_dim)
@@ -256,7 +260,7 @@ class Transformer(nn.Module):
             else:
                 x = layer(x, cos, sin, cache, positions, mask)
         if cache is not None:
-            cache.lengths = [length + seq_len for length in cache.lengths]
+            cache.advance(seq_len)
         return x
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None,

@@ -75,7 +75,7 @@ from device import (
 from evaluation.full_evaluation import evaluate_checkpoint
 from evaluation.report import update_report
 from evaluation.validation import describe_evaluation, evaluate
-from inference.engine import encode_prompts, generate_samples, generate_stories
+from inference.generation import encode_prompts, generate_stories, sample_stories
 from model import Transformer, count_parameters, flops_per_token
 from training.batch_size import choose_batch_size, estimate_memory
 from training.checkpoints import BEST, LATEST, check_resumable, config_of_new_run, load_checkpoint, load_weights
@@ -182,7 +182,7 @@ def evaluate_and_log(run: Run, validation: TokenFile) -> None:
     """Evaluate, generate the sample stories, print and record both, and save the model if it is the best so far."""
     result = evaluate(run.model, validation, run.tokenizer, run.config, run.device, run.precision,
                       run.config.training.eval_samples, run.distributed)
-    stories = generate_samples(run.model, run.tokenizer, run.config.sampling) if run.distributed.is_main else []
+    stories = run.sample()
     if not math.isfinite(result["val_loss"]):
         raise UserError(f"step {run.iter_num:,}: the validation loss is not finite; {BEST} is unchanged")
     tqdm.write(f"step {run.iter_num:,}, epoch {run.epoch:.2f}: {describe_evaluation(result)}")
@@ -267,6 +267,8 @@ def prepare_device(run: Run, total_steps: int) -> Callable[[Tensor, Tensor], Ten
     run.precision, precision_note = choose_precision(run.device, run.config.training.use_bf16,
                                                      run.distributed.from_main)
     bf16, auto = run.precision is not contextlib.nullcontext, run.config.training.batch_size == "auto"
+    if run.distributed.is_main:  # before the batch size is chosen, since it takes memory
+        run.sample = sample_stories(run.model, run.tokenizer, run.config.sampling, "bf16" if bf16 else "float32")
     run.config = choose_batch_size(run.config, run.model, run.device, run.distributed, bf16,
                                    lambda size: probe_batch(run, run.model, size))
     training, seq_len, per_step = run.config.training, run.config.model.max_seq_len, run.config.sequences_per_step

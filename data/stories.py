@@ -58,7 +58,7 @@ class Stories:
     def _cleaned(self, counts: Counts) -> Iterator[str]:
         """The stories of the whole source."""
         texts = iter(self._source.read())
-        if not self._source.plain or self._data.separator != SEPARATOR:  # else they were split there when they were read
+        if not self._source.plain or self._data.separator != SEPARATOR:  # else they were split when they were read
             texts = (piece for text in texts for piece in _pieces(text))
         if self._data.clean:
             first = _look_ahead(texts)

@@ -18,7 +18,7 @@ from evaluation.comparison import compare, format_table, measure_passages
 from evaluation.likelihood import describe_likelihood, measure_likelihood
 from evaluation.references import Passage, choose_references, cut_reference, read_stories
 from evaluation.text_metrics import has_words, learn
-from inference.engine import generate_stories
+from inference.generation import generate_stories
 from inference.packed_weights import choose_compute, pack
 from model import Transformer
 from training.checkpoints import check_model, load_checkpoint, model_from_checkpoint

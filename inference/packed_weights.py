@@ -13,7 +13,6 @@ from device import choose_precision
 from model import Attention, FeedForward, Transformer, apply_rope
 
 MANY_ROWS = 5  # from so many stories at once, bf16 is as fast as int8 on a CPU
-SPLIT_FROM = 1024  # inputs; above this number oneDNN sums a single row in another order than one row of many
 
 
 def choose_compute(compute: str, device: torch.device, rows: int = MANY_ROWS) -> tuple[str, str]:
@@ -32,12 +31,29 @@ def choose_compute(compute: str, device: torch.device, rows: int = MANY_ROWS) ->
 
 
 def pack(model: Transformer, compute: str) -> Transformer:
-    """Lay the model's weights out for generation, in place. compute: float32, bf16 or int8. It cannot train then."""
-    for layer in model.layers:
-        layer.attention = PackedAttention(layer.attention, compute)
-        layer.feed_forward = PackedFeedForward(layer.feed_forward, compute)
-    model.output = PackedLinear([model.output], compute)
-    return model
+    """A model for generation, in eval mode, with copies of the matrices. compute: float32, bf16 or int8.
+
+    It shares embedding, norms and device with `model`; see refresh().
+    """
+    with torch.device("meta"):
+        packed = Transformer(model.config)
+    for name in ("tok_embeddings", "norm", "rope_cos", "rope_sin"):
+        setattr(packed, name, getattr(model, name))
+    for own, layer in zip(packed.layers, model.layers, strict=True):
+        own.attention_norm, own.ffn_norm = layer.attention_norm, layer.ffn_norm
+        own.attention = PackedAttention(layer.attention, compute)
+        own.feed_forward = PackedFeedForward(layer.feed_forward, compute)
+    packed.output = PackedLinear(compute)
+    packed.output.load([model.output])
+    return packed.eval()
+
+
+def refresh(packed: Transformer, model: Transformer) -> None:
+    """Copy the model's present weights into its packed form; on a GPU in place, where a CUDA graph reads them."""
+    for own, layer in zip(packed.layers, model.layers, strict=True):
+        own.attention.load(layer.attention)
+        own.feed_forward.load(layer.feed_forward)
+    packed.output.load([model.output])
 
 
 class PackedAttention(Attention):
@@ -46,8 +62,12 @@ class PackedAttention(Attention):
     def __init__(self, attention: Attention, compute: str) -> None:
         nn.Module.__init__(self)
         self.config, self.layer = attention.config, attention.layer
-        self.wqkv = PackedLinear([attention.wq, attention.wk, attention.wv], compute)
-        self.wo = PackedLinear([attention.wo], compute)
+        self.wqkv, self.wo = PackedLinear(compute), PackedLinear(compute)
+        self.load(attention)
+
+    def load(self, attention: Attention) -> None:
+        self.wqkv.load([attention.wq, attention.wk, attention.wv])
+        self.wo.load([attention.wo])
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads, kv_heads = self.config.n_heads, self.config.kv_heads
@@ -62,8 +82,12 @@ class PackedFeedForward(nn.Module):
 
     def __init__(self, feed_forward: FeedForward, compute: str) -> None:
         super().__init__()
-        self.w13 = PackedLinear([feed_forward.w1, feed_forward.w3], compute)
-        self.w2 = PackedLinear([feed_forward.w2], compute)
+        self.w13, self.w2 = PackedLinear(compute), PackedLinear(compute)
+        self.load(feed_forward)
+
+    def load(self, feed_forward: FeedForward) -> None:
+        self.w13.load([feed_forward.w1, feed_forward.w3])
+        self.w2.load([feed_forward.w2])
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)  # (batch, seq_len, d_ffn) each
@@ -77,25 +101,34 @@ class PackedLinear(nn.Module):
     in 255 steps with one scale for each output, products in bf16.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear], compute: str) -> None:
+    def __init__(self, compute: str) -> None:
         super().__init__()
+        self.compute, self.dtype = compute, torch.float32 if compute == "float32" else torch.bfloat16
+        self.outputs, self.weight, self.multiply = 0, None, F.linear
+
+    def load(self, linears: Sequence[nn.Linear]) -> None:
+        """Take over the present weights of these layers."""
         weight = torch.cat([linear.weight.detach() for linear in linears])  # (outputs of all, inputs)
-        self.dtype = torch.float32 if compute == "float32" else torch.bfloat16
-        self.outputs, self.weight, self.multiply = weight.shape[0], weight.to(self.dtype), F.linear
-        if compute == "int8":
+        self.outputs = len(weight)
+        if self.compute == "int8":
             scales = weight.abs().amax(dim=1).clamp(min=1e-30) / 127  # (outputs of all,)
             self.weight, self.scales = (weight / scales[:, None]).round().to(torch.int8), scales.to(self.dtype)
             self.weight = F.pad(self.weight, (0, -weight.shape[1] % 64))  # the kernel needs whole blocks of 64
             self.multiply = self.multiply_int8
         elif weight.device.type == "cpu" and can_prepack(self.dtype):
-            self.weight, self.multiply = prepack(self.weight), multiply_prepacked
+            self.weight, self.multiply = prepack(weight.to(self.dtype)), multiply_prepacked
+        elif self.weight is None:
+            self.weight = weight.to(self.dtype)
+        else:
+            self.weight.copy_(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.multiply(x.to(self.dtype).flatten(0, -2), self.weight)  # (all rows, outputs of all)
         return out.float().view(*x.shape[:-1], self.outputs)
 
     def multiply_int8(self, x: Tensor, weight: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int8pack_mm(F.pad(x, (0, weight.shape[1] - x.shape[1])), weight, self.scales)
+        x = F.pad(x, (0, weight.shape[1] - x.shape[1])) if x.shape[1] < weight.shape[1] else x
+        return torch.ops.aten._weight_int8pack_mm(x, weight, self.scales)
 
 
 def prepack(weight: Tensor) -> Tensor:
@@ -103,8 +136,6 @@ def prepack(weight: Tensor) -> Tensor:
 
 
 def multiply_prepacked(x: Tensor, weight: Tensor) -> Tensor:
-    if len(x) == 1 and x.shape[1] > SPLIT_FROM:
-        return multiply_prepacked(x.expand(2, -1), weight)[:1]  # a single row then has the same bits as among others
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 

@@ -1,70 +1,118 @@
-"""Choosing the next token: repetition penalty, temperature, top-k, top-p, min-p."""
+"""Choosing the next token: repetition penalty, temperature, top-k, top-p, min-p. Each row has its own settings."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from config.schema import SamplingConfig
 
+NEUTRAL = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}  # values that change nothing
 TOP_CANDIDATES = 64  # on a CPU, only so many of the most likely tokens are sorted, unless a row needs more
+FEW_ROWS = 64  # up to so many, threshold() tests seven bounds at a time, since small kernels cost their launch alone
 
 
-def sample_next(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig, seen: Tensor | None = None) -> Tensor:
-    """Sample one token for each row, int64, (batch,).
+def settings_tensor(rows: Sequence[SamplingConfig]) -> Tensor:
+    """The settings of each row in the order of NEUTRAL, float32, (rows, 5)."""
+    return torch.tensor([[getattr(row, name) for name in NEUTRAL] for row in rows], dtype=torch.float32)
 
-    logits: (batch, vocab_size). uniforms: float32, (batch,), draws from U(0, 1) that select a token by inverse
-    transform sampling in the order of token ids. seen: bool, (batch, vocab_size), the tokens that repetition_penalty
-    acts on. The order of operations is that of transformers: repetition_penalty, temperature (0: the most likely
-    token), top_k, top_p, min_p. Equally likely tokens are kept or dropped together, so that the result does not depend
-    on how a sort breaks ties.
+
+def settings_in_use(rows: Sequence[SamplingConfig]) -> frozenset[str]:
+    """The settings that change something in at least one row. Temperature 0 counts as "greedy", others as "sampled"."""
+    used = {name for row in rows for name, neutral in NEUTRAL.items() if getattr(row, name) != neutral}
+    return frozenset(used | {"sampled" if row.temperature else "greedy" for row in rows})
+
+
+def sample_next(logits: Tensor, uniforms: Tensor, settings: Tensor, used: frozenset[str], seen: Tensor | None = None,
+                ) -> Tensor:
+    """Sample one token for each row, int64, (rows,).
+
+    logits: (rows, vocab_size). uniforms: float32, (rows,), draws from U(0, 1) that select a token by inverse transform
+    sampling in the order of token ids. settings, used: see above. seen: bool, (rows, vocab_size), the tokens that
+    repetition_penalty acts on. The order of operations is that of transformers: repetition_penalty, temperature (0: the
+    most likely token), top_k, top_p, min_p. Equally likely tokens are kept or dropped together, so that the result does
+    not depend on how a sort breaks ties. Synchronizes with no device.
     """
-    logits = logits.float()
-    if seen is not None:
-        logits = torch.where(seen, apply_repetition_penalty(logits, sampling.repetition_penalty), logits)
-    if sampling.temperature == 0:
+    logits, (temperature, *limits, penalty) = logits.float(), settings.split(1, dim=1)  # (rows, 1) each
+    if "repetition_penalty" in used:
+        logits = torch.where(seen, apply_repetition_penalty(logits, penalty), logits)
+    if "sampled" not in used:
         return logits.argmax(dim=-1)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature  # the most likely token has 0
-    if not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:
-        return sample_index(logits.exp(), uniforms)
-    on_cpu = logits.device.type == "cpu"  # on a GPU, checking whether the candidates suffice would wait for the device
-    return sample_from_top(logits, uniforms, sampling, TOP_CANDIDATES if on_cpu else logits.shape[1])
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature.clamp(min=1e-6)  # the most likely token has 0
+    if used.isdisjoint(("top_k", "top_p", "min_p")):
+        sampled = sample_index(scaled.exp(), uniforms)
+    elif logits.device.type == "cpu":
+        sampled = sample_from_top(scaled, uniforms, limits, TOP_CANDIDATES)
+    else:  # checking whether the candidates suffice would wait for the device, and sorting all tokens is slow
+        kept = scaled >= lowest_kept(scaled, limits, used)
+        sampled = sample_index(scaled.exp() * kept, uniforms)
+    return torch.where(temperature[:, 0] == 0, logits.argmax(dim=-1), sampled) if "greedy" in used else sampled
 
 
 def sample_index(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse transform sampling: the index in each row of weights, (batch, n), that its uniform draw selects, int64,
-    (batch,)."""
+    """Inverse transform sampling: the index in each row of weights, (rows, n), that its uniform draw selects, int64,
+    (rows,)."""
     cumulative = weights.cumsum(dim=-1)
     return (cumulative > uniforms[:, None] * cumulative[:, -1:]).int().argmax(dim=-1)  # the first index above the draw
 
 
-def apply_repetition_penalty(logits: Tensor, penalty: float) -> Tensor:
+def apply_repetition_penalty(logits: Tensor, penalty: Tensor) -> Tensor:
     """Make tokens less likely by a factor on their logit (Keskar et al., 2019), whatever its sign."""
     return torch.where(logits > 0, logits / penalty, logits * penalty)
 
 
-def sample_from_top(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig, count: int) -> Tensor:
-    """Sample one token for each row, int64, (batch,), from the `count` most likely ones; rows that need more get more.
+# top_k keeps the k most likely tokens; top_p, of these, the fewest whose probabilities sum to at least top_p (Holtzman
+# et al., 2020); min_p the tokens with at least that fraction of the highest probability (Nguyen et al., 2024). There
+# are two ways to find the same tokens. Both take logits, (rows, vocab_size), at most 0, divided by the temperature, and
+# limits: top_k, top_p and min_p, float32, (rows, 1) each.
 
-    logits: (batch, vocab_size), at most 0, divided by the temperature. top_k keeps the k most likely tokens; top_p, of
-    these, the fewest whose probabilities sum to at least top_p (Holtzman et al., 2020); min_p the tokens with at least
-    that fraction of the highest probability (Nguyen et al., 2024).
-    """
-    count, top_k = min(max(count, sampling.top_k + 1), logits.shape[1]), min(sampling.top_k, logits.shape[1])
-    values, tokens = logits.topk(count)  # (batch, count), the most likely first
-    kept = values >= (values[:, top_k - 1:top_k] if top_k else -math.inf)
-    if sampling.top_p < 1:
-        weights = values.exp() * kept
-        total = weights.sum(dim=-1, keepdim=True) if top_k else logits.exp().sum(dim=-1, keepdim=True)
-        before = (weights.cumsum(dim=-1) - weights) / total  # the probability of all tokens that are more likely
-        kept &= values >= values.masked_fill(before >= sampling.top_p, math.inf).amin(dim=-1, keepdim=True)
-    if sampling.min_p:
-        kept &= values >= math.log(sampling.min_p)
+def sample_from_top(logits: Tensor, uniforms: Tensor, limits: Sequence[Tensor], count: int) -> Tensor:
+    """Sample a token for each row, int64, (rows,), from the `count` most likely ones; rows that need more get more."""
+    top_k, top_p, min_p = limits
+    count = min(max(count, int(top_k.max()) + 1), logits.shape[1])
+    values, tokens = logits.topk(count)  # (rows, count), the most likely first
+    last = values.gather(1, (top_k.long() - 1).clamp(0, count - 1))  # the value of the k-th token
+    kept = (values >= last) | (top_k == 0)
+    weights = values.exp() * kept
+    total = torch.where(top_k > 0, weights.sum(dim=-1, keepdim=True), logits.exp().sum(dim=-1, keepdim=True))
+    before = (weights.cumsum(dim=-1) - weights) / total  # the probability of all tokens that are more likely
+    dropped = (before >= top_p) & (top_p < 1)
+    kept &= (values >= values.masked_fill(dropped, math.inf).amin(dim=-1, keepdim=True)) & (values >= min_p.log())
     tokens, order = tokens.sort(dim=-1)
     chosen = sample_index((values.exp() * kept).gather(1, order), uniforms)  # in the order of token ids
     sampled = tokens.gather(1, chosen[:, None]).squeeze(1)
     if count < logits.shape[1]:
         rest = kept[:, -1].nonzero().squeeze(1)  # rows whose last candidate is kept: there may be more to keep
         if len(rest):
-            sampled[rest] = sample_from_top(logits[rest], uniforms[rest], sampling, 8 * count)
+            sampled[rest] = sample_from_top(logits[rest], uniforms[rest], [x[rest] for x in limits], 8 * count)
     return sampled
+
+
+def lowest_kept(logits: Tensor, limits: Sequence[Tensor], used: frozenset[str]) -> Tensor:
+    """The value of the least likely token that is kept in each row, float32, (rows, 1)."""
+    (top_k, top_p, min_p), lowest = limits, torch.full_like(logits[:, :1], -math.inf)
+    if "top_k" in used:
+        lowest = torch.where(top_k > 0, threshold(logits, torch.ones_like(logits), top_k), -math.inf)
+    if "top_p" in used:
+        weights = logits.exp() * (logits >= lowest)
+        of_p = threshold(logits, weights, top_p * weights.sum(dim=-1, keepdim=True))
+        lowest = torch.maximum(lowest, torch.where(top_p < 1, of_p, -math.inf))
+    return torch.maximum(lowest, min_p.log())
+
+
+def threshold(logits: Tensor, weights: Tensor, target: Tensor) -> Tensor:
+    """The highest value in each row for which all tokens at or above it weigh at least `target`, float32, (rows, 1).
+
+    weights: (rows, vocab_size). target: (rows, 1); if all tokens weigh less, the least likely one's value is returned.
+    Instead of sorting, this finds the value bit by bit, since floats of one sign are ordered like their bits.
+    """
+    target = torch.minimum(target, (1 - 1e-6) * weights.sum(dim=-1, keepdim=True))  # less, as sums are rounded
+    keys = (0 - logits).view(torch.int32)  # the more likely, the smaller; 0 minus, since the bits of -0.0 are negative
+    bits = 3 if len(logits) <= FEW_ROWS else 1
+    bound, steps = torch.zeros_like(keys[:, :1]), torch.arange(1, 2**bits, device=keys.device, dtype=torch.int32)
+    for shift in (*range(31 - bits, 0, -bits), 0):
+        trials = bound + (steps << shift)  # (rows, 7 or 1)
+        below = torch.where(keys[:, None] < trials[:, :, None], weights[:, None], 0).sum(dim=-1)  # (rows, 7 or 1)
+        bound = bound + ((below < target).sum(dim=-1, keepdim=True, dtype=torch.int32) << shift)
+    return -bound.view(torch.float32)

@@ -4,6 +4,7 @@ The kernels are the CPU's and the numbers real; memory, streams, torch.compile a
 not seen. (torch's own FakeTensorMode has no numbers, and no backward pass in a torch that was built without CUDA.)
 """
 
+import inspect
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, TINY
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -23,8 +25,10 @@ from data.token_files import TokenFile
 from device import choose_device, choose_precision, peak_flops
 from evaluation.likelihood import measure_likelihood
 from evaluation.validation import evaluate
-from inference.engine import generate_tokens
-from inference.packed_weights import choose_compute, pack
+from inference import captured_steps
+from inference import engine as engine_module
+from inference.engine import Engine, generate_tokens
+from inference.packed_weights import choose_compute, pack, refresh
 from model import Transformer
 from training.batch_size import choose_batch_size, estimate_memory
 from training.checkpoints import LATEST
@@ -108,7 +112,25 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 5090")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24 * 2**30, 32 * 2**30))
+    monkeypatch.setattr(captured_steps, "capture", record)
     return FakeGPU()
+
+
+def record(step):
+    """What captured_steps.capture() does: the same operations on the same memory, with all that Python decided as it is
+    now. Like a CUDA graph, recording computes nothing: what it changed is put back."""
+    _, cache, batch, _ = inspect.getclosurevars(step).nonlocals["arguments"]
+    tensors = [*batch, *flat(cache.layers)]
+    before = [tensor.clone() for tensor in tensors]
+    graph = make_fx(step)()
+    for tensor, old in zip(tensors, before, strict=True):
+        tensor.copy_(old)
+
+    def replay():
+        with torch._C.DisableTorchFunction():  # what makes a FakeGPU
+            graph()
+
+    return replay
 
 
 def tiny(*overrides):
@@ -171,7 +193,7 @@ def test_evaluation_is_the_cpus_and_does_not_wait_for_batches(gpu, tokenizer, ev
 
 
 @pytest.mark.parametrize(("compute", "settings"), [
-    ("float32", {"temperature": 0.0}), ("bf16", {"top_p": 1.0}),
+    ("float32", {"temperature": 0.0}), ("float32", {"top_p": 1.0}),
     ("float32", {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2})])
 def test_stories_are_the_cpus_with_one_wait_in_eight_tokens(gpu, compute, settings):
     """In rows of unequal length, some of which end and are filled by others, and past the context."""
@@ -195,6 +217,60 @@ def test_stories_are_the_cpus_with_one_wait_in_eight_tokens(gpu, compute, settin
     assert there == here
     lengths = {len(new) for new in here.values()}
     assert sampling.temperature == 0 or (len(lengths) > 2 and max(lengths) > 40)
+
+
+@pytest.mark.parametrize("compiler", ["none", "works", "fails"])
+def test_replayed_rows_give_their_place_to_waiting_prompts(gpu, monkeypatch, compiler):
+    """With a graph for each number of rows and slots that occurs; the compiled step is for full batches."""
+    config = tiny("model.max_seq_len=128", "data.max_seq_len=128")
+    sampling = replace(config.sampling, max_new_tokens=70, top_p=1.0)
+    prompts, compiled = [[0, *range(5, 5 + i % 7)] for i in range(20)], []
+
+    def fake_compile(step, dynamic):
+        def run(model, cache, batch, used):
+            if compiler == "fails":
+                raise torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError("no compiler"), None)
+            compiled.append(len(batch.tokens))
+            step(model, cache, batch, used)
+        return run
+
+    monkeypatch.setattr(torch, "compile", fake_compile)
+    monkeypatch.setitem(engine_module.MAX_ROWS, "cuda", 6)
+
+    def generate_on(device):
+        torch.manual_seed(0)
+        model = pack(Transformer(config.model).to(device), "float32")
+        engine = Engine(model, 0, 60, 20, compiled=compiler != "none")
+        rows = [list(running) for running in generate_tokens(model, prompts, range(20), 0, 60, sampling, engine=engine)]
+        return {row.index: row.new for row in flat(rows)}, engine, list(map(len, rows))
+
+    here, *_ = generate_on(CPU)
+    with gpu:
+        there, engine, rows = generate_on(GPU)
+    assert there == here and len({len(new) for new in here.values()}) > 4
+    assert rows[:3] == [6, 6, 6] and rows[-1] < 6
+    assert {key[0] for key in engine.captured.graphs} <= {1, 2, 4, 6} and 1 < len(engine.captured.graphs) <= 8
+    assert set(compiled) == ({6} if compiler == "works" else set())
+
+
+def test_a_replayed_step_speaks_with_the_weights_of_the_last_training_step(gpu):
+    config = tiny()
+    sampling = replace(config.sampling, temperature=0.0, max_new_tokens=30)
+    with gpu:
+        run = start(config, GPU)
+        packed = pack(run.model, "float32")
+        engine = Engine(packed, -1, 512, 1)
+
+        def greedy(engine):
+            return list(generate_tokens(engine.model, [[0, 5]], [1], -1, 512, sampling, engine=engine))[-1][0].new
+
+        before, graphs = greedy(engine), dict(engine.captured.graphs)
+        for _ in range(3):
+            train.train_step(run, run.model, 3)
+        refresh(packed, run.model)
+        after = greedy(engine)
+        assert engine.captured.graphs == graphs  # nothing was captured again
+        assert before != after == greedy(Engine(pack(run.model, "float32"), -1, 512, 1))
 
 
 def test_a_whole_run_goes_as_on_the_cpu(gpu, tiny_config, tmp_path, monkeypatch):

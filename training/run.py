@@ -40,6 +40,7 @@ class Run:
     folder: RunFolder | None = None
     distributed: DistributedContext = SINGLE_PROCESS
     precision: Callable[[], Any] = contextlib.nullcontext
+    sample: Callable[[], list[str]] = list  # generates the sample stories of an evaluation
     iter_num: int = 0  # steps done
     position: int = 0  # sequences trained on, over all epochs
     best_val_loss: float = math.inf

@@ -29,7 +29,8 @@ from evaluation.likelihood import measure_likelihood
 from evaluation.references import Passage, choose_references, cut_reference, read_stories
 from evaluation.report import GRID, INK
 from evaluation.text_metrics import ARTICLES, learn, measure, split_words
-from inference.engine import encode_prompts, generate_tokens
+from inference.engine import generate_tokens
+from inference.generation import encode_prompts
 from train import Run
 
 STORIES = 64  # generated at the end; a quarter of them at the points before

@@ -22,9 +22,10 @@ from data.tokenizer import END_OF_STORY
 from generate import generate_and_print, print_as_it_grows
 from inference import engine, packed_weights
 from inference import sampling as sampling_module
-from inference.engine import generate_stories, generate_tokens
-from inference.packed_weights import pack
-from inference.sampling import sample_next
+from inference.engine import Continuation, Engine, generate_tokens
+from inference.generation import generate_stories
+from inference.packed_weights import pack, refresh
+from inference.sampling import lowest_kept, settings_in_use, settings_tensor, threshold
 from model import Transformer
 from training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 
@@ -58,6 +59,12 @@ def continue_all(model, prompts, seeds, sampling, end=0, num_tokens=1500, **opti
 
 
 # Choosing a token
+
+def sample_next(logits, uniforms, sampling: SamplingConfig, seen=None) -> torch.Tensor:
+    """sampling.sample_next() with one setting for all rows."""
+    rows = [sampling] * len(logits)
+    return sampling_module.sample_next(logits, uniforms, settings_tensor(rows), settings_in_use(rows), seen)
+
 
 def shares_drawn(logits: list[float], sampling: SamplingConfig, draws: int = 10_000, seen=None) -> torch.Tensor:
     uniforms = (torch.arange(draws) + 0.5) / draws  # evenly spread uniforms gives the exact shares
@@ -167,6 +174,61 @@ def test_equally_likely_tokens_are_kept_together_however_many_are_looked_at(monk
     assert torch.equal(drawn[0], drawn[1]) and drawn[0].tolist() == sorted(drawn[0].tolist())
 
 
+SETTINGS = [{"top_k": 1}, {"top_k": 40}, {"top_p": 0.9}, {"top_p": 0.999}, {"top_k": 200, "top_p": 0.5},
+            {"min_p": 0.02}, {"top_k": 30, "top_p": 0.95, "min_p": 0.01}, {"top_p": 0.3, "min_p": 0.5}, {"top_k": 5000}]
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0, 2.0])
+def test_a_gpu_keeps_the_tokens_that_the_cpu_keeps(temperature):
+    """Against a plain sort in float64, for peaked and flat logits, with ties (bf16) and without."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(6, 3000, generator=generator) * torch.tensor([0.1, 1, 3, 3, 8, 20])[:, None]
+    logits[3:] = logits[3:].bfloat16().float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    for changes in SETTINGS:
+        sampling = SamplingConfig(**{"top_p": 1.0, **changes})
+        rows = [sampling] * 6
+        _, *limits, _ = settings_tensor(rows).split(1, dim=1)
+        kept = logits >= lowest_kept(logits, limits, settings_in_use(rows))
+        for row in range(6):
+            values, order = logits[row].double().sort(descending=True, stable=True)
+            in_k = values >= values[min(sampling.top_k or 3000, 3000) - 1]
+            total = (values.exp() * in_k).sum()
+            before = ((values.exp() * in_k).cumsum(0) - values.exp() * in_k) / total
+            last = values[in_k & ((before < sampling.top_p) | (sampling.top_p == 1))][-1]
+            expected = (values >= last) & (values >= math.log(sampling.min_p) if sampling.min_p else True)
+            wrong = kept[row, order] != expected  # only where the sum meets top_p within the rounding of float32
+            assert not (wrong & ((before - sampling.top_p).abs() > 1e-6)).any(), (changes, row)
+            drawn = sample_next(logits[row:row + 1].expand(64, -1) * temperature, torch.arange(64) / 64,
+                                SamplingConfig(**{"temperature": temperature, "top_p": 1.0, **changes}))
+            assert kept[row, drawn].float().mean() > 0.98  # the CPU's own way
+
+
+def test_the_threshold_is_exact_for_few_rows_and_for_many():
+    values = -torch.rand(100, 50, generator=torch.Generator().manual_seed(1)) * 40
+    values[:, :10] = values[:, 10:20].round()  # some equal ones, and zeros of both signs
+    values[:, 20] = -math.inf
+    for count in (1.0, 7.0, 49.0, 50.0):
+        expected = values.sort(descending=True).values[:, int(count) - 1]
+        target = torch.full((100, 1), count)
+        for rows in (3, 100):
+            found = threshold(values[:rows], torch.ones(rows, 50), target[:rows])
+            assert torch.equal(found[:, 0], expected[:rows])
+    assert (threshold(values, torch.ones(100, 50), torch.full((100, 1), 51.0)) == -math.inf).all()  # the lowest
+
+
+def test_each_row_has_its_own_settings():
+    generator = torch.Generator().manual_seed(2)
+    logits, uniforms = torch.randn(7, 500, generator=generator) * 2, torch.rand(7, generator=generator)
+    seen = torch.rand(7, 500, generator=generator) < 0.3
+    rows = [SamplingConfig(**{"temperature": 1.0, "top_p": 1.0, **changes}) for changes in (
+        {}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.4}, {"min_p": 0.2}, {"repetition_penalty": 1.5},
+        {"temperature": 0.5, "top_k": 100, "top_p": 0.9})]
+    together = sampling_module.sample_next(logits, uniforms, settings_tensor(rows), settings_in_use(rows), seen)
+    alone = [sample_next(logits[i:i + 1], uniforms[i:i + 1], row, seen[i:i + 1]) for i, row in enumerate(rows)]
+    assert together.tolist() == torch.cat(alone).tolist()
+
+
 # The engine
 
 def recompute(model, prompt: list[int], count: int) -> list[int]:
@@ -190,7 +252,7 @@ PROMPTS = [[0, 5, 9, 200], [0], [0, 7, 7], [0, *range(300, 320)], [0, 5, 9, 200]
 def test_cached_and_batched_greedy_tokens_equal_those_of_recomputing_everything(changes, packed):
     model = make_model(**changes)
     truth = [recompute(model, prompt, 40 - len(prompt) // 2) for prompt in PROMPTS]
-    model = pack(copy.deepcopy(model), "float32") if packed else model
+    model = pack(model, "float32") if packed else model
     batched = continue_all(model, PROMPTS, [1] * 6, GREEDY, end=NEVER)
     assert [new[:len(known)] for new, known in zip(batched, truth, strict=True)] == truth
     for prompt, new in zip(PROMPTS, batched, strict=True):
@@ -206,43 +268,97 @@ def test_beyond_the_context_each_row_continues_from_its_last_half(model):
     assert continue_all(tiny, [[0]], [1], GREEDY, end=NEVER) == [recompute(tiny, [0], 40)]
 
 
-@pytest.mark.parametrize("compute", [None, "float32", "bf16", "int8"])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("sampling", [
     FREE, SamplingConfig(temperature=1.2, top_k=40, max_new_tokens=70, repetition_penalty=1.3, min_p=0.01)])
-def test_a_story_depends_on_its_own_seed_and_prompt_and_not_on_its_batch(model, sampling, compute, monkeypatch):
-    model = pack(copy.deepcopy(model), compute) if compute else model
+def test_a_story_depends_on_its_own_seed_and_prompt_and_not_on_its_batch(model, sampling, packed, monkeypatch):
+    """In float32, where what rounding changes from batch to batch is too little to draw another token."""
+    model = pack(model, "float32") if packed else model
     prompts, seeds = [[token % 49 for token in PROMPTS[i % 6]] for i in range(40)], list(range(40))
     together = continue_all(model, prompts, seeds, sampling, num_tokens=50)  # some of 50 tokens end a story
     assert [continue_all(model, [p], [s], sampling, num_tokens=50)[0]
             for p, s in zip(prompts, seeds, strict=True)] == together
-    monkeypatch.setattr(engine, "MAX_ROWS", 7)  # several batches, another interval
+    monkeypatch.setitem(engine.MAX_ROWS, "cpu", 7)  # several batches, another interval
     assert continue_all(model, prompts, seeds, sampling, num_tokens=50, check_every=3) == together
     lengths = {len(new) for new in together}
     assert len(lengths) > 3 and len({tuple(new) for new in together}) > 30
 
 
-@pytest.mark.parametrize("compute", ["float32", "bf16", "int8"])
-def test_packed_weights_give_a_row_the_same_bits_alone_and_beside_longer_rows(compute, monkeypatch):
-    if not packed_weights.can_prepack(torch.float32 if compute == "float32" else torch.bfloat16):
-        pytest.skip("other products than oneDNN's, which for bf16 want AVX-512, promise no bits")
-    if compute == "bf16" and packed_weights.choose_compute("auto", torch.device("cpu"))[0] != "bf16":
-        pytest.skip("a CPU that only imitates bf16, and so is not used with it, rounds a row by its neighbours")
-    model = pack(make_model(d_ffn=1100), compute)  # oneDNN splits so long a sum in a row that is alone
-    prompts = [[0, *range(5, 5 + length)] for length in (0, 1, 2, 3, 5, 7, 9, 11, 14, 15, 16, 25, 31, 40)]
+def run_until_empty(engine: Engine, watch=lambda rows: None) -> dict[int, Continuation]:
+    """All continuations that became done, by index."""
+    done = {}
+    while rows := engine.advance():
+        watch(rows)
+        done.update({row.index: row for row in rows if row.done})
+    return done
 
-    def run_engine(prompts, seeds):
-        steps = generate_tokens(model, prompts, seeds, NEVER, 1500, FREE)
-        return [(row.index, row.new, row.log_probability) for running in steps for row in running if row.done]
 
-    together = sorted(run_engine(prompts, range(14)))
-    assert sorted((i, *run_engine([prompts[i]], [i])[0][1:]) for i in range(14)) == together
-    monkeypatch.setattr(engine, "MAX_ROWS", 3)
-    assert sorted(run_engine(prompts, range(14))) == together
+def test_free_rows_are_taken_by_waiting_prompts_with_settings_of_their_own(model):
+    """Each story is the one that it would be alone, whoever ran beside it."""
+    settings = [FREE, GREEDY, SamplingConfig(temperature=0.9, top_k=9, repetition_penalty=1.4, max_new_tokens=55)]
+    jobs = [(i, [token % 49 for token in PROMPTS[i % 6]], i, settings[i % 3]) for i in range(20)]
+    busy = []
+    shared = Engine(model, 0, 50, max_rows=4)
+    for job in jobs[:15]:
+        shared.add(Continuation(*job))
+    done = {}
+
+    def add_more(rows):
+        busy.append(len(rows))
+        for job in jobs[15:] if len(busy) == 2 else ():  # newcomers, while others run
+            shared.add(Continuation(*job))
+
+    done = run_until_empty(shared, add_more)
+    assert sorted(done) == list(range(20)) and busy[:-4].count(4) == len(busy) - 4
+    for job in jobs:
+        alone = Engine(model, 0, 50)
+        alone.add(Continuation(*job))
+        assert run_until_empty(alone)[job[0]].new == done[job[0]].new
+
+
+def test_a_row_that_is_given_up_is_free_at_once(model):
+    shared = Engine(model, NEVER, 1500, max_rows=2, check_every=1)
+    jobs = [Continuation(i, [0, 7, i], i, FREE) for i in range(4)]
+    for job in jobs:
+        shared.add(job)
+    assert shared.advance() == jobs[:2]
+    jobs[0].done = jobs[2].done = True  # one that runs, and one that waits
+    assert {row.index for row in shared.advance()} == {1, 3}
+    assert len(jobs[0].new) == 1 and not jobs[2].new
+    done = run_until_empty(shared)
+    assert [done[i].new for i in (1, 3)] == continue_all(model, [[0, 7, 1], [0, 7, 3]], [1, 3], FREE, end=NEVER)
+
+
+def test_alternatives_are_the_likeliest_tokens_with_the_models_own_log_probabilities(model):
+    engine = Engine(model, NEVER, 1500, alternatives=5)
+    engine.add(Continuation(0, [0, 7], 3, SamplingConfig(temperature=0.5, top_k=3, max_new_tokens=20)))
+    story = run_until_empty(engine)[0]
+    with torch.no_grad():
+        shares = model(torch.tensor([[0, 7, *story.new]]))[0, 1:-1].log_softmax(-1)  # (new tokens, vocab_size)
+    values, ids = shares.topk(5)
+    assert [[token for token, _ in of_token] for of_token in story.alternatives] == ids.tolist()
+    found = torch.tensor([[log for _, log in of_token] for of_token in story.alternatives])
+    torch.testing.assert_close(found, values, atol=1e-4, rtol=1e-4)
+
+
+def test_packed_weights_are_refreshed(model):
+    """A model that goes on training speaks with its new weights through the same packed model and the same engine."""
+    model = copy.deepcopy(model)
+    for compute in ("float32", "bf16", "int8"):
+        packed = pack(model, compute)
+        engine = Engine(packed, NEVER, 1500, 1)
+        before = list(generate_tokens(packed, [[0, 7]], [1], NEVER, 1500, GREEDY, engine=engine))[-1][0].new
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * parameter.std())
+        refresh(packed, model)
+        after = list(generate_tokens(packed, [[0, 7]], [1], NEVER, 1500, GREEDY, engine=engine))[-1][0].new
+        assert before != after == continue_all(pack(model, compute), [[0, 7]], [1], GREEDY, end=NEVER)[0]
 
 
 def test_a_repetition_penalty_acts_on_prompt_and_story_but_never_on_the_end(model, monkeypatch):
     seen, original = [], engine.sample_next
-    monkeypatch.setattr(engine, "sample_next", lambda *args: seen.append(args[3].clone()) or original(*args))
+    monkeypatch.setattr(engine, "sample_next", lambda *args: seen.append(args[4].clone()) or original(*args))
     generated = continue_all(model, [[0, 7, 9], [0]], [1, 2], SamplingConfig(repetition_penalty=1.1, max_new_tokens=9),
                         end=0, num_tokens=1500)
     for row, (prompt, new) in enumerate(zip([[7, 9], []], generated, strict=True)):
@@ -269,7 +385,7 @@ def test_rows_that_have_ended_are_no_longer_computed(model, monkeypatch):
     sampling = SamplingConfig(temperature=1.0, top_p=1.0, max_new_tokens=400)
     generated = continue_all(make_model(max_seq_len=512), [[0, 7]] * 60, list(range(60)), sampling, num_tokens=20)
     assert rows[0] == 60 and rows[-1] < 30 and rows == sorted(rows, reverse=True)
-    assert sum(rows) < sum(map(len, generated)) + 60 * engine.CHECK_EVERY
+    assert sum(rows) < sum(map(len, generated)) + 60 * engine.CHECK_EVERY["cpu"]
 
 
 def test_log_probabilities_are_the_models_own_at_temperature_1(model):
@@ -281,7 +397,7 @@ def test_log_probabilities_are_the_models_own_at_temperature_1(model):
         with torch.no_grad():
             shares = model(tokens)[0].log_softmax(-1)  # (seq_len, vocab_size)
         expected = shares[len(one.prompt) - 1:-1].gather(1, torch.tensor(one.new)[:, None]).sum()
-        assert one.log_probability == pytest.approx(expected.item(), abs=1e-3)
+        assert sum(one.log_probabilities) == pytest.approx(expected.item(), abs=1e-3)
     assert len(done) == 2
 
 
@@ -314,9 +430,9 @@ def test_packing_works_without_the_private_operators(model, monkeypatch):
     original, refused = packed_weights.prepack, {torch.bfloat16}
     monkeypatch.setattr(packed_weights, "can_prepack", packed_weights.can_prepack.__wrapped__)  # no cache
     monkeypatch.setattr(packed_weights, "prepack", refuse)
-    assert len(continue_all(pack(copy.deepcopy(model), "bf16"), PROMPTS, [1] * 6, GREEDY)) == 6
+    assert len(continue_all(pack(model, "bf16"), PROMPTS, [1] * 6, GREEDY)) == 6
     refused.add(torch.float32)
-    unpacked = continue_all(pack(copy.deepcopy(model), "float32"), PROMPTS, [1] * 6, GREEDY)
+    unpacked = continue_all(pack(model, "float32"), PROMPTS, [1] * 6, GREEDY)
     assert unpacked == continue_all(model, PROMPTS, [1] * 6, GREEDY)
 
 
@@ -342,7 +458,7 @@ def test_a_growing_story_is_printed_in_whole_characters(tokenizer, capsys, monke
     monkeypatch.setattr(generate, "FRAME", 0)
     text = "Lily said “naïve” 漢字 🐉🐉 and \ufffd left."
     ids = tokenizer.encode(text).ids
-    generated = generate.Continuation(0, [0, *ids[:2]], 1, 99)
+    generated = generate.Continuation(0, [0, *ids[:2]], 1, SamplingConfig(max_new_tokens=99))
     watch, pieces = print_as_it_grows(tokenizer), []
     for token in ids[2:]:
         generated.extend([token], [0.0], end=0)
@@ -350,7 +466,7 @@ def test_a_growing_story_is_printed_in_whole_characters(tokenizer, capsys, monke
         pieces.append(capsys.readouterr().out)
     assert "".join(pieces) == text and "" in pieces  # a token ended inside a character, and nothing came of it yet
     assert all("\ufffd" not in piece for piece in pieces if "left" not in piece and " " not in piece)
-    cut = generate.Continuation(0, [0, *tokenizer.encode("🐉").ids[:1]], 1, 99)
+    cut = generate.Continuation(0, [0, *tokenizer.encode("🐉").ids[:1]], 1, FREE)
     watch = print_as_it_grows(tokenizer)
     cut.extend([0], [0.0], end=0)  # it ended inside a character: what is there is shown
     watch([cut])
@@ -362,7 +478,8 @@ def test_a_growing_story_is_printed_no_more_often_than_a_screen_shows_it(tokeniz
     now = [0.0]
     monkeypatch.setattr(generate.time, "perf_counter", lambda: now[0])
     ids = tokenizer.encode("Lily had a red ball and she was happy all day long.").ids
-    story, watch, prints = generate.Continuation(0, [0], 1, len(ids)), print_as_it_grows(tokenizer), []
+    story = generate.Continuation(0, [0], 1, SamplingConfig(max_new_tokens=len(ids)))
+    watch, prints = print_as_it_grows(tokenizer), []
     for token in ids:
         now[0] += generate.FRAME / 4
         story.extend([token], [0.0], end=0)
@@ -387,18 +504,18 @@ def test_what_is_done_is_printed_and_recorded_when_it_is_interrupted(model, toke
     assert all(text in out for text in recorded[:4]) and "of 30 stories generated" in err
 
 
-@pytest.mark.parametrize(("count", "tokens"), [(1, 2), (3, 3 * 2 * engine.CHECK_EVERY)])
+@pytest.mark.parametrize(("count", "tokens"), [(1, 2), (3, 3 * 2 * engine.CHECK_EVERY["cpu"])])
 def test_tokens_generated_before_ctrl_c_are_counted(model, tokenizer, monkeypatch, capsys, count, tokens):
     """In the third round. Alone a story grows by a token a round, else by CHECK_EVERY."""
-    draw, rounds = engine.decode_steps, []
+    advance, rounds = Engine.advance, []
 
-    def interrupted(*args):
-        rounds.append(args)
+    def interrupted(self):
+        rounds.append(self)
         if len(rounds) == 3:
             raise KeyboardInterrupt
-        return draw(*args)
+        return advance(self)
 
-    monkeypatch.setattr(engine, "decode_steps", interrupted)
+    monkeypatch.setattr(Engine, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generate_and_print(model, tokenizer, ["One day"] * count, FREE, range(count), lambda *args: None)
     assert f"{tokens} tokens, " in capsys.readouterr().err

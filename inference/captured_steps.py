@@ -1,0 +1,96 @@
+"""Decode steps as CUDA graphs: the hundreds of small kernels of a step are recorded once and then replayed as one.
+
+A graph replays the same kernels on the same memory. So all that changes from step to step must be in tensors, and the
+numbers of rows and of cache slots are fixed. There is a graph for each power of two of both, made when it is needed.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from device import send
+from model import KVCache, cache_mask
+
+FEWEST_SLOTS = 64
+
+
+class StaticCache(KVCache):
+    """The first rows and slots of a KVCache, with the lengths of the rows in a tensor on the device, int64, (rows,)."""
+
+    length = 0  # only the device knows the lengths
+
+    def __init__(self, cache: KVCache, lengths: Tensor, slots: int) -> None:
+        self.layers = [tuple(tensor[:len(lengths), :, :slots] for tensor in layer) for layer in cache.layers]
+        self.lengths, self.slots = lengths, slots
+
+    def positions(self, seq_len: int) -> tuple[Tensor, Tensor]:
+        positions = self.lengths[:, None] + torch.arange(seq_len, device=self.lengths.device)  # (rows, seq_len)
+        return positions, cache_mask(positions, self.slots)
+
+    def append(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]  # (rows, 1)
+        for cached, new in zip(self.layers[layer], (keys, values), strict=True):
+            cached[rows, :, positions] = new.transpose(1, 2).type_as(cached)  # (rows, seq_len, n_kv_heads, head_dim)
+        return self.layers[layer]
+
+    def advance(self, seq_len: int) -> None:
+        self.lengths.add_(seq_len)
+
+
+class CapturedSteps:
+    """Runs an engine's decode_step() on its cache and batch by graphs."""
+
+    def __init__(self, step: Callable, model: torch.nn.Module, cache: KVCache, batch: tuple, compiled: bool) -> None:
+        self.step, self.model, self.cache, self.batch = step, model, cache, batch
+        self.compiled = torch.compile(step, dynamic=False) if compiled else None
+        self.graphs: dict[tuple, Callable[[], None]] = {}
+
+    def run(self, steps: int, used: frozenset[str]) -> None:
+        """Do a number of steps on the rows of the cache that are in use."""
+        lengths = self.cache.lengths
+        rows = power_of_two(len(lengths), 1, len(self.batch.tokens))
+        slots = power_of_two(self.cache.length + steps, FEWEST_SLOTS, self.cache.layers[0][0].shape[2])
+        padded = torch.tensor(lengths + [0] * (rows - len(lengths)))  # free rows compute what nobody reads
+        self.batch.lengths[:rows].copy_(send(padded, self.batch.lengths.device))
+        self.cache.lengths = [length + steps for length in lengths]
+        key = rows, slots, used
+        if key not in self.graphs:
+            self.graphs[key] = self.first_step(rows, slots, used)
+            steps -= 1
+        for _ in range(steps):
+            self.graphs[key]()
+
+    def first_step(self, rows: int, slots: int, used: frozenset[str]) -> Callable[[], None]:
+        """Do a step without a graph, since capturing must find all kernels loaded. Returns the graph of the next ones.
+
+        A step of all rows is compiled if that was asked for; the graphs of fewer rows serve only the end of a job.
+        """
+        batch = self.batch.first(rows)
+        arguments = self.model, StaticCache(self.cache, batch.lengths, slots), batch, used
+        step = self.step
+        if self.compiled is not None and rows == len(self.batch.tokens):
+            try:  # the only way to know whether a working compiler is installed
+                self.compiled(*arguments)
+                return capture(lambda: self.compiled(*arguments))
+            except torch._dynamo.exc.TorchDynamoException:
+                self.compiled = None
+        step(*arguments)
+        return capture(lambda: step(*arguments))
+
+
+def power_of_two(number: int, fewest: int, most: int) -> int:
+    """The smallest power of two from `number` and `fewest` on, but at most `most`."""
+    return min(most, max(fewest, 1 << (number - 1).bit_length()))
+
+
+def capture(step: Callable[[], None]) -> Callable[[], None]:
+    """Record a step in a CUDA graph, without computing it. Returns the function that replays it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=graph_pool()):
+        step()
+    return graph.replay
+
+
+graph_pool = functools.cache(torch.cuda.graph_pool_handle)  # one for all graphs, since they never run at once
