@@ -4,7 +4,6 @@ A graph replays the same kernels on the same memory. So all that changes from st
 numbers of rows and of cache slots are fixed. There is a graph for each power of two of both, made when it is needed.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -45,7 +44,7 @@ class CapturedSteps:
     def __init__(self, step: Callable, model: torch.nn.Module, cache: KVCache, batch: tuple, compiled: bool) -> None:
         self.step, self.model, self.cache, self.batch = step, model, cache, batch
         self.compiled = torch.compile(step, dynamic=False) if compiled else None
-        self.graphs: dict[tuple, Callable[[], None]] = {}
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
 
     def run(self, steps: int, used: frozenset[str]) -> None:
         """Do a number of steps on the rows of the cache that are in use."""
@@ -60,24 +59,24 @@ class CapturedSteps:
             self.graphs[key] = self.first_step(rows, slots, used)
             steps -= 1
         for _ in range(steps):
-            self.graphs[key]()
+            self.graphs[key].replay()
 
-    def first_step(self, rows: int, slots: int, used: frozenset[str]) -> Callable[[], None]:
+    def first_step(self, rows: int, slots: int, used: frozenset[str]) -> torch.cuda.CUDAGraph:
         """Do a step without a graph, since capturing must find all kernels loaded. Returns the graph of the next ones.
 
         A step of all rows is compiled if that was asked for; the graphs of fewer rows serve only the end of a job.
         """
         batch = self.batch.first(rows)
         arguments = self.model, StaticCache(self.cache, batch.lengths, slots), batch, used
-        step = self.step
+        step, earlier = self.step, next(iter(self.graphs.values()), None)
         if self.compiled is not None and rows == len(self.batch.tokens):
             try:  # the only way to know whether a working compiler is installed
                 self.compiled(*arguments)
-                return capture(lambda: self.compiled(*arguments))
+                return capture(lambda: self.compiled(*arguments), earlier)
             except torch._dynamo.exc.TorchDynamoException:
                 self.compiled = None
         step(*arguments)
-        return capture(lambda: step(*arguments))
+        return capture(lambda: step(*arguments), earlier)
 
 
 def power_of_two(number: int, fewest: int, most: int) -> int:
@@ -85,12 +84,11 @@ def power_of_two(number: int, fewest: int, most: int) -> int:
     return min(most, max(fewest, 1 << (number - 1).bit_length()))
 
 
-def capture(step: Callable[[], None]) -> Callable[[], None]:
-    """Record a step in a CUDA graph, without computing it. Returns the function that replays it."""
+def capture(step: Callable[[], None], earlier: torch.cuda.CUDAGraph | None) -> torch.cuda.CUDAGraph:
+    """Record a step in a CUDA graph, without computing it. earlier: a graph whose memory it shares; two never run at
+    once."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=graph_pool()):
+    # other threads may use the GPU meanwhile, such as one that saves a checkpoint
+    with torch.cuda.graph(graph, pool=earlier.pool() if earlier else None, capture_error_mode="thread_local"):
         step()
-    return graph.replay
-
-
-graph_pool = functools.cache(torch.cuda.graph_pool_handle)  # one for all graphs, since they never run at once
+    return graph
