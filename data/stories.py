@@ -179,7 +179,7 @@ def open_stories(data: DataConfig, split: Literal["train", "validation"]) -> Sto
         fraction = data.validation_fraction
         stories._held_out = split
         stories.identity["held_out"] = [split, fraction]
-        stories.name += f" ({fraction:g} of the stories held out)"
+        stories.name += f" ({100 * fraction:g}% of the stories held out)"
         if stories.total_bytes is not None:
             stories.total_bytes = round(stories.total_bytes * (fraction if split == "validation" else 1 - fraction))
     if split == "train" and data.max_stories is not None:

@@ -156,8 +156,8 @@ def tokenizer_report(tokenizer: Tokenizer, vocab_size: int, held_out: list[str])
     actual = tokenizer.get_vocab_size()
     size = f"vocabulary: {actual:,} tokens"
     if actual < vocab_size:
-        size += (f" of {vocab_size:,}: no other pair of tokens occurs min_frequency times; more, or more varied, "
-                 "stories would fill it")
+        size += (f" of {vocab_size:,}: the text has too few frequent words to fill it (tokenizer.min_frequency); "
+                 "more, or more varied, stories would")
     encodings = tokenizer.encode_batch(held_out, add_special_tokens=False)
     num_bytes = sum(len(story.encode("utf-8")) for story in held_out)
     num_tokens = sum(len(encoding.ids) for encoding in encodings)

@@ -185,6 +185,7 @@ def check_resumable(checkpoint: dict[str, Any], source: Path, config: Config, tr
             raise UserError(f"{source}: data.{key} is {json.dumps(was)} there, but {json.dumps(new)} in the config: a "
                             f"run resumes with the stories that it started with: {OWN_CONFIG.format(source)}")
     for section, values in now.items():
-        changed += [f"{section}.{key} {before[section][key]} -> {value}" for key, value in values.items()
+        changed += [f"{section}.{key} {json.dumps(before[section][key])} -> {json.dumps(value)}"
+                    for key, value in values.items()
                     if before[section][key] != value and key not in ("show_progress", "output_dir")]
     return ["changed since the checkpoint: " + ", ".join(changed)] if changed else []

@@ -24,7 +24,7 @@ def deferred_interrupts() -> Iterator[list[int]]:
             os._exit(128 + number)  # half-written files are never used, and the next run removes them
         received.append(number)
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            hint = b"" if under_torchrun else b" (again: stop now, without saving)"
+            hint = b"" if under_torchrun else b" (press Ctrl-C again to stop at once, without saving)"
             with contextlib.suppress(OSError):  # os.write, since print must not be entered from a signal handler
                 os.write(2, b"\nstopping after this step" + hint + b"\n")
 

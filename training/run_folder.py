@@ -99,7 +99,7 @@ class RunFolder:
             if CHECKPOINT_NAME.fullmatch(path.name) or path.name in (METRICS, REPORT, PICTURE, EVALUATION):
                 size += path.stat().st_size
                 path.replace(target / path.name)
-        print(f"output: the earlier run in {self.path} is now in {target} ({format_bytes(size)}), until you remove it")
+        print(f"output: the earlier run in {self.path} is now in {target} ({format_bytes(size)}), yours to delete")
 
     def record(self, entry: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl. A line that cannot be written is kept and written with the next one."""
