@@ -8,6 +8,7 @@ Start reading at train(), the loop, near the middle of the file.
 
 import argparse
 import contextlib
+import functools
 import math
 import os
 import shlex
@@ -269,12 +270,23 @@ def prepare_device(run: Run, total_steps: int) -> Callable[[Tensor, Tensor], Ten
     bf16, auto = run.precision is not contextlib.nullcontext, run.config.training.batch_size == "auto"
     if run.distributed.is_main:  # before the batch size is chosen, since it takes memory
         run.sample = sample_stories(run.model, run.tokenizer, run.config.sampling, "bf16" if bf16 else "float32")
-    run.config = choose_batch_size(run.config, run.model, run.device, run.distributed, bf16,
-                                   lambda size: probe_batch(run, run.model, size))
-    training, seq_len, per_step = run.config.training, run.config.model.max_seq_len, run.config.sequences_per_step
-    flops, remaining = flops_per_token(run.model), total_steps - run.iter_num
+    seq_len, per_step, flops = run.config.model.max_seq_len, run.config.sequences_per_step, flops_per_token(run.model)
+    run_flops = (total_steps - run.iter_num) * per_step * seq_len * flops / run.distributed.world_size
+
+    @functools.cache
+    def compile_for(size: int) -> tuple[Callable, str]:
+        return choose_compile(run.model, lambda compiled: probe_batch(run, compiled, size), run.device,
+                              run.config.training.use_compile, run_flops)
+
+    def probe(size: int) -> None:
+        if (forward := compile_for(size)[0]) is run.model:  # else compiling has probed it
+            probe_batch(run, forward, size)
+
+    run.config = choose_batch_size(run.config, run.model, run.device, run.distributed, bf16, probe)
+    training, on_gpu = run.config.training, run.device.type == "cuda"
+    memory = estimate_memory(run.model, training.batch_size, bf16, on_gpu and training.use_compile is not False)
     plan = [f"{count_parameters(run.model):,} parameters, {flops / 1e6:.1f} MFLOP per training token, about "
-            f"{format_bytes(estimate_memory(run.model, training.batch_size, bf16))} of memory",
+            f"{format_bytes(memory)} of memory",
             f"{per_step * seq_len:,} tokens a step ({counted(training.batch_size, 'sequence')} of {seq_len}"
             f"{', chosen by auto,' if auto else ''} x {training.gradient_accumulation_steps}), "
             f"{run.sequences_per_epoch / per_step:,.1f} steps an epoch, {counted(total_steps, 'step')} in all "
@@ -284,9 +296,7 @@ def prepare_device(run: Run, total_steps: int) -> Callable[[Tensor, Tensor], Ten
         notes.append(f"an epoch is shorter than training.save_steps ({training.save_steps}): not every epoch gets a "
                      "checkpoint_epoch_N.pth")
     print(*(f"plan: {line}" for line in plan), *(f"note: {note}" for note in notes), sep="\n")
-    forward, compile_note = choose_compile(
-        run.model, lambda compiled: probe_batch(run, compiled, training.batch_size), run.device, training.use_compile,
-        remaining * per_step * seq_len * flops / run.distributed.world_size)
+    forward, compile_note = compile_for(training.batch_size)
     plan.append(f"{run.device.type} x {run.distributed.world_size}, {precision_note}, {compile_note}")
     print(f"plan: {plan[-1]}")
     run.folder.record({"type": "plan", "step": run.iter_num, "plan": plan + notes, "config": run.config.to_dict()})

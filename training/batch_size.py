@@ -14,17 +14,22 @@ from training.distributed import DistributedContext
 CPU_BATCH_TOKENS = 4096  # in a micro-batch: enough to keep a CPU busy
 
 
-def estimate_memory(model: Transformer, batch_size: int, bf16: bool) -> float:
-    """Estimate the bytes that training takes: weights, gradients, two Adam moments, and a micro-batch's activations."""
+def estimate_memory(model: Transformer, batch_size: int, bf16: bool, compiled: bool = False) -> float:
+    """Estimate the bytes that training takes: weights, gradients, two Adam moments, and a micro-batch's activations.
+
+    compiled: on a GPU, where torch.compile fuses operations, so that less is kept between them.
+    """
     m, width = model.config, 2 if bf16 else 4
     kept_by_layer = m.d_model * (8 * width + 18) + m.d_ffn * 4 * width  # per token
+    logits = m.vocab_size * (width + 4 + 4 + 4)  # logits, their float32 copy, their log-softmax, their gradient
+    if compiled:  # two shapes measured on an H200, see tests/training/test_batch_size.py
+        kept_by_layer, logits = m.d_model * (6 * width + 10) + m.d_ffn * 2 * width, m.vocab_size * 2 * width
     if model.output.weight.device.type == "cpu":
         kept_by_layer += m.n_heads * m.max_seq_len * width / 2  # the attention weights, half of which are masked
     if model.gradient_checkpointing:
         layers = m.n_layers * 4 * m.d_model + kept_by_layer
     else:
         layers = m.n_layers * kept_by_layer
-    logits = m.vocab_size * (width + 4 + 4 + 4)  # logits, their float32 copy, their log-softmax, their gradient
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return 16 * parameters + batch_size * m.max_seq_len * (layers + logits)
 
@@ -34,13 +39,14 @@ def choose_batch_size(config: Config, model: Transformer, device: torch.device, 
     """The config with a number for batch_size auto: the most sequences that divide the step and fit into memory.
 
     On a CPU, where larger batches gain little, at most CPU_BATCH_TOKENS. probe: a forward and a backward pass of that
-    many sequences, in all processes at once. Raises UserError.
+    many sequences, in all processes at once, compiled if the run is to be. Raises UserError.
     """
     if config.training.batch_size != "auto":
         return config
     per_process, limit = config.sequences_per_step // distributed.world_size, math.inf
+    compiled = device.type == "cuda" and config.training.use_compile is not False
     if device.type == "cuda":
-        limit = 1.5 * torch.cuda.mem_get_info(device)[0]  # the estimate is rough, so sizes somewhat above are probed
+        limit = torch.cuda.mem_get_info(device)[0]
     elif device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
         # a system that runs out of memory kills the process, so sizes above the limit are not probed
         limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
@@ -50,7 +56,7 @@ def choose_batch_size(config: Config, model: Transformer, device: torch.device, 
         too_large_for_cpu = device.type == "cpu" and size > max(1, CPU_BATCH_TOKENS // config.model.max_seq_len)
         if per_process % size or too_large_for_cpu:
             continue
-        failed = size > 1 and estimate_memory(model, size, bf16) > limit
+        failed = size > 1 and estimate_memory(model, size, bf16, compiled) > limit
         if distributed.any_process(failed):
             continue
         try:

@@ -4,9 +4,10 @@
     python tests/benchmarks/training.py --against transformers       its LlamaForCausalLM with the same step around it
     python tests/benchmarks/training.py --profile                    a step by operation, and what each should cost
     python tests/benchmarks/training.py --outside                    a short real run: the shares of its time
-    python tests/benchmarks/training.py --everything                 all of it, and what model.py leaves out: a padded
-                                                                     vocabulary, joined products, a bf16 residual
-                                                                     stream, CUDA graphs
+    python tests/benchmarks/training.py --variants                   the compiler's options, attention kernels, dropout,
+                                                                     CUDA graphs, Muon, ..., each beside the main config
+    python tests/benchmarks/training.py --everything --minutes 6     all of it, as far as the time goes
+    python tests/benchmarks/training.py --variants --peers FOLDER    and llama2.c and nanoGPT, if FOLDER has them
 
 Steps are train.py's train_step on random tokens: reading the batch, clipping and fused AdamW are in them. What is
 compared takes turns; the table has medians over the repeats. First step and peak memory are those of a fresh process
@@ -19,6 +20,8 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib.util
+import math
 import multiprocessing
 import os
 import re
@@ -26,8 +29,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPO))
@@ -36,19 +40,19 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from torch.nn.attention import flex_attention as flex  # noqa: E402
 
+import model as model_module  # noqa: E402
 import train  # noqa: E402
 from config import Config, load_config  # noqa: E402
 from data.token_files import TokenFile  # noqa: E402
-from device import choose_device, keep_freed_memory, peak_flops  # noqa: E402
-from model import Attention, FeedForward, Transformer, apply_rope, count_parameters, flops_per_token  # noqa: E402
+from device import choose_device, compiler_options, keep_freed_memory, peak_flops  # noqa: E402
+from model import Transformer, count_parameters, flops_per_token  # noqa: E402
 
 CONFIGS = ["quickstart", "tinystories_cpu", "train_config_tinystories_33M_TOP10K"]
 WAYS = ["eager float32", "eager bf16", "compiled float32", "compiled bf16"]
-PADDED = "compiled bf16 padded"  # the vocabulary, to a multiple of 128, with tokens that nobody uses
-JOINED = "compiled bf16 joined"  # one product for wq, wk and wv, one for w1 and w3: fewer kernels, and larger ones
-STREAM = "compiled bf16 stream"  # the residual stream in bf16, too; autocast leaves it in float32
-GRAPHS = "compiled bf16 graphs"  # CUDA graphs; on a CPU there are none. Never tried on a GPU yet
+BASE = "compiled bf16"
 CPU_TOKENS = 2048  # of a micro-batch on the CPU, if the config's has more
 OTHERS = "norms, elementwise"
 # a profiler's name -> group; the first that matches counts, the rest is OTHERS
@@ -71,46 +75,24 @@ def make_theirs(config: Config) -> nn.Module:
         tie_word_embeddings=m.tie_embeddings, bos_token_id=0, eos_token_id=0, pad_token_id=0, use_cache=False))
 
 
-def join_products(module: nn.Module) -> None:
-    """For JOINED. Not in model.py: on a CPU it gains nothing (docs/RESULTS.md), and on a GPU it was never tried."""
-    def joined(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
-        weights = [linear.weight for linear in linears]
-        return F.linear(x, torch.cat(weights)).split([len(weight) for weight in weights], dim=-1)
+def make_step(config: Config, way: str, device: torch.device, compiler: dict[str, Any] | None = None,
+              model: nn.Module | None = None) -> tuple[Callable[[], None], nn.Module]:
+    """One call is one optimizer step. `way`: as in WAYS, perhaps with "transformers" before it.
 
-    def project(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        shape = (*x.shape[:2], -1, module.config.head_dim)
-        queries, keys, values = (part.view(shape) for part in joined(x, module.wq, module.wk, module.wv))
-        return *(apply_rope(part, cos, sin).transpose(1, 2) for part in (queries, keys)), values.transpose(1, 2)
-
-    def feed_forward(x: Tensor) -> Tensor:
-        gate, up = joined(x, module.w1, module.w3)
-        return module.w2(F.silu(gate) * up)
-
-    if isinstance(module, Attention):
-        module.project = project
-    elif isinstance(module, FeedForward):
-        module.forward = feed_forward
-
-
-def make_step(config: Config, way: str, device: torch.device) -> tuple[Callable[[], None], nn.Module]:
-    """One call is one optimizer step. `way`: PADDED, GRAPHS, or as in WAYS, perhaps with "transformers" before it."""
+    compiler: other arguments of torch.compile than train.py's. model: one whose forward(tokens, targets) is the loss.
+    """
     torch.manual_seed(0)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, 5_000_000).astype(np.uint16)
-    if way == PADDED:
-        size = config.model.vocab_size + -config.model.vocab_size % 128
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
-    model = (make_theirs(config) if "transformers" in way else Transformer(config.model)).to(device).train()
+    model = model or (make_theirs(config) if "transformers" in way else Transformer(config.model))
+    model = model.to(device).train()
     bf16 = functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
     run = train.Run(config, None, model, train.make_optimizer(model, config), device, TokenFile(None, tokens, {}, ""),
                     precision=bf16 if "bf16" in way else contextlib.nullcontext)
-    if way == JOINED:
-        model.apply(join_products)
-    if way == STREAM:
-        model.tok_embeddings.register_forward_hook(lambda module, inputs, output: output.bfloat16())
-    compute = model
+    compute, compiler = model, {"options": compiler_options(device) or None} if compiler is None else compiler
     if "compiled" in way:
-        compute = torch.compile(model, dynamic=False, mode="reduce-overhead" if way == GRAPHS else None)
-    if way == GRAPHS:  # gradients that a graph made are overwritten when it runs again: add them to what is not its own
+        compute = torch.compile(model, dynamic=False, **compiler)
+    if compiler.get("mode") == "reduce-overhead":
+        # gradients that a graph made are overwritten when it runs again: add them to what is not its own
         gradients = [torch.zeros_like(parameter) for parameter in model.parameters()]
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             parameter.grad = gradient
@@ -162,27 +144,19 @@ def measure_speed(name: str, config: Config, ways: list[str], args: argparse.Nam
     if not args.no_first:
         with tempfile.TemporaryDirectory() as folder:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-            for way in (way for way in ways if way != GRAPHS):
+            for way in ways:
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
                     firsts[way] = pool.apply(measure_first, (config, way, device))
         del os.environ["TORCHINDUCTOR_CACHE_DIR"]
     steps, times = {}, {way: [] for way in ways}
-    for way in list(ways):
+    for way in ways:
         steps[way], model = make_step(config, way, device)
-        try:
-            for _ in range(4 if way == GRAPHS else 1):  # it warms up, records and only then repeats
-                seconds_of(steps[way], device, 0)
-        except RuntimeError as error:
-            if way != GRAPHS:
-                raise
-            print(f"| {name} | {way} | failed: {str(error).splitlines()[0]} |", flush=True)
-            ways = [other for other in ways if other != way]
-            del steps[way], times[way]
+        seconds_of(steps[way], device, 0)
         if way in WAYS:
             flops = flops_per_token(model)
     if device.type == "cuda":  # a step of ours that waits for the device is an error; transformers' do
         torch.cuda.set_sync_debug_mode("error")
-        for way in set(ways) & {*WAYS, PADDED, JOINED, STREAM}:
+        for way in set(ways) & {*WAYS}:
             steps[way]()
         torch.cuda.set_sync_debug_mode("default")
     for _ in range(args.repeats):
@@ -195,6 +169,149 @@ def measure_speed(name: str, config: Config, ways: list[str], args: argparse.Nam
                   ("transformers eager float32", "transformers compiled bf16")] if args.against else []
         cells = [name, way, f"{rate:,.0f}", f"{rate * flops / peak:.1%}", f"{first:.1f}", f"{memory:,.0f}", *ratios]
         print(f"| {' | '.join(cells)} |", flush=True)
+
+
+# Variants
+
+@contextlib.contextmanager
+def patched(owner: object, **values: object) -> Iterator[None]:
+    before = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+def flex_mask(tokens: Tensor) -> object:
+    """story_mask() for flex_attention, which skips the blocks that nobody sees."""
+    story = (tokens == model_module.SEPARATOR).cumsum(dim=1)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (story[batch, query] == story[batch, key]) & (query >= key)
+
+    return flex.create_block_mask(sees, len(tokens), None, tokens.shape[1], tokens.shape[1], device=tokens.device)
+
+
+def flex_attend(queries: Tensor, keys: Tensor, values: Tensor, mask: object = None) -> Tensor:
+    return flex.flex_attention(queries, keys, values, block_mask=mask, enable_gqa=queries.shape[1] > keys.shape[1])
+
+
+class JoinedLoss(Transformer):
+    """Output matrix and loss in one function of torch, which need not keep the logits."""
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        hidden = self.norm(self.hidden_states(tokens)).flatten(0, 1)  # (batch * seq_len, d_model)
+        return F.linear_cross_entropy(hidden, self.output.weight, targets.flatten())
+
+
+class Peer(nn.Module):
+    """A model of another repository, whose forward() then returns the loss as ours does."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor]) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return self.loss(self.model, self.model(tokens, targets))
+
+
+def peers(folder: Path, config: Config) -> dict[str, Callable[[], nn.Module]]:
+    """The models of llama2.c and nanoGPT, from folders of these names, in this config's shape and without dropout."""
+    m = config.model
+
+    def module_of(name: str) -> Any:
+        spec = importlib.util.spec_from_file_location(name.replace(".", "_"), folder / name / "model.py")
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def llama2_c() -> nn.Module:
+        theirs = module_of("llama2.c")
+        return Peer(theirs.Transformer(theirs.ModelArgs(
+            dim=m.d_model, n_layers=m.n_layers, n_heads=m.n_heads, n_kv_heads=m.kv_heads, vocab_size=m.vocab_size,
+            hidden_dim=m.d_ffn, multiple_of=32, max_seq_len=m.max_seq_len, dropout=0.0)),
+            lambda model, out: model.last_loss)
+
+    def nano_gpt() -> nn.Module:
+        theirs = module_of("nanoGPT")
+        return Peer(theirs.GPT(theirs.GPTConfig(
+            block_size=m.max_seq_len, vocab_size=m.vocab_size, n_layer=m.n_layers, n_head=m.n_heads, n_embd=m.d_model,
+            dropout=0.0, bias=False)), lambda model, out: out[1])
+
+    return {name: make for name, make in {"llama2.c": llama2_c, "nanoGPT": nano_gpt}.items()
+            if (folder / name / "model.py").exists()}
+
+
+def variants_of(config: Config, args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """What is compared with the config, the most important first. Each makes a step and the context to run it in."""
+    def change(section: str, **values: Any) -> Config:
+        return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+    def variant(changed: Config = config, way: str = BASE, compiler: dict[str, Any] | None = None,
+                model: Callable[[], nn.Module] | None = None, context: Callable[[], Any] = contextlib.nullcontext,
+                ) -> Callable[[], tuple[Callable[[], None], Any]]:
+        return lambda: (make_step(changed, way, device, compiler, model and model())[0], context)
+
+    plain, options = change("model", dropout=0.0), compiler_options(device)
+    masked = dataclasses.replace(plain, model=dataclasses.replace(plain.model, mask_stories=True),
+                                 optimizer=dataclasses.replace(config.optimizer, type="muon"))
+    tuned = {"options": {**options, "coordinate_descent_tuning": True, "max_autotune_pointwise": True}}
+    found = {"dropout 0": variant(plain)}
+    found |= {f"{name}, dropout 0": variant(plain, model=make) for name, make in
+              (peers(args.peers, plain) if args.peers else {}).items()}
+    found |= {
+        "transformers, dropout 0": variant(plain, f"transformers {BASE}"),
+        "speedrun: Muon, masked stories, dropout 0": variant(masked),
+        "Muon, dropout 0": variant(dataclasses.replace(masked, model=plain.model)),
+        "Muon, stories masked by flex_attention": variant(masked, context=lambda: patched(
+            model_module, story_mask=flex_mask, flash_attention=flex_attend)),
+        "torch.compile without train.py's options": variant(compiler={}),
+        "coordinate descent, max_autotune_pointwise": variant(compiler=tuned),
+        "CUDA graphs of the whole step": variant(compiler={"mode": "reduce-overhead"}),
+        "attention: flash kernels": variant(context=lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION)),
+        "attention: cudnn kernels": variant(context=lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)),
+        "dropout's random numbers by torch, kept for backward": variant(
+            compiler={"options": {**options, "fallback_random": True}}),
+        "F.linear_cross_entropy": variant(model=lambda: JoinedLoss(config.model)),
+    }
+    return {name: make for name, make in found.items() if device.type == "cuda" or "CUDA" not in name}
+
+
+def measure_variants(name: str, config: Config, args: argparse.Namespace, peak: float, check_time: Callable[[], None],
+                     ) -> None:
+    """Each variant takes turns with the config as it is; it prints its row at once, and a failure ends only its own."""
+    device = choose_device(args.device)
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(torch._dynamo.config, limit, 100)  # else the ninth model of one class would run uncompiled
+    base, model = make_step(config, BASE, device)
+    seconds_of(base, device, 0)
+    tokens, flops = config.sequences_per_step * config.model.max_seq_len, flops_per_token(model)
+    print(f"\n{name}, {config.training.batch_size} x {config.training.gradient_accumulation_steps} sequences, {BASE}; "
+          "each row beside the config as it is, in turns\n\n| variant | tokens/s | share of peak | times the config | "
+          "first step, s | peak memory, MiB |\n|---|---|---|---|---|---|")
+    for variant, make in variants_of(config, args, device).items():
+        check_time()
+        try:
+            start = time.perf_counter()
+            step, context = make()
+            with context():
+                for _ in range(4):  # a graph warms up, is recorded and only then replayed
+                    seconds_of(step, device, 0)
+                first = time.perf_counter() - start
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                times = [(seconds_of(step, device, args.seconds), seconds_of(base, device, args.seconds))
+                         for _ in range(args.repeats)]
+            memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else math.nan
+            own, beside = (tokens / statistics.median(of) for of in zip(*times, strict=True))
+            print(f"| {variant} | {own:,.0f} | {own * flops / peak:.1%} | {own / beside:.3f} | {first:.0f} | "
+                  f"{memory:,.0f} |", flush=True)
+        except Exception as error:
+            print(f"| {variant} | failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]} |",
+                  flush=True)
 
 
 # By operation
@@ -313,6 +430,8 @@ def measure_machine(device: torch.device) -> tuple[dict[str, float], float]:
 def load(name: str, args: argparse.Namespace, device: torch.device) -> Config:
     config = load_config(REPO / "config" / f"{name}.yaml", args.overrides)
     batch, accumulate = config.training.batch_size, config.training.gradient_accumulation_steps
+    if batch == "auto":
+        batch, accumulate = config.sequences_per_step, 1
     if device.type == "cpu":  # as much as a comparison needs: steps of many micro-batches would take minutes
         batch, accumulate = min(batch, max(1, CPU_TOKENS // config.model.max_seq_len)), 1
     training = dataclasses.replace(config.training, batch_size=args.batch or batch,
@@ -328,7 +447,10 @@ def main() -> None:
     parser.add_argument("--against", choices=["transformers"], help="as it comes, and under bf16 and compile")
     parser.add_argument("--profile", action="store_true", help="a step by operation, in each of --ways")
     parser.add_argument("--outside", action="store_true", help="the shares of a short real run (see --set)")
-    parser.add_argument("--everything", action="store_true", help="all of these")
+    parser.add_argument("--variants", action="store_true", help="options and kernels, each beside the config as it is")
+    parser.add_argument("--peers", type=Path, metavar="FOLDER", help="has llama2.c/model.py or nanoGPT/model.py")
+    parser.add_argument("--everything", action="store_true", help="all of these, of the main config first")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing new after so much time")
     parser.add_argument("--batch", type=int, help="sequences of a micro-batch (the config's; on a CPU 2,048 tokens)")
     parser.add_argument("--accumulate", type=int, help="micro-batches of a step (the config's; on a CPU 1)")
     parser.add_argument("--repeats", type=int, default=5)
@@ -338,6 +460,12 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     args = parser.parse_args()
+    deadline = time.monotonic() + 60 * args.minutes
+
+    def check_time() -> None:
+        if time.monotonic() > deadline:
+            sys.exit(f"\nstopped after {args.minutes:g} minutes: what is missing was not measured")
+
     device = choose_device(args.device)
     keep_freed_memory()  # as train.py does: transformers' steps gain by it too
     products, bandwidth = measure_machine(device)
@@ -346,23 +474,28 @@ def main() -> None:
           f"threads, torch {torch.__version__}; a large product runs at {products['float32'] / 1e12:,.3f} TFLOP/s in "
           f"float32 and {products['bf16'] / 1e12:,.3f} in bf16, copying at {bandwidth / 1e9:,.0f} GB/s; shares are of "
           f"{peak / 1e12:,.3f} TFLOP/s\n", flush=True)
+    if args.variants or args.everything:
+        for name in args.configs if args.variants else args.configs[-1:]:
+            measure_variants(name, load(name, args, device), args, peak, check_time)
     args.against = "transformers" if args.everything else args.against
     ways = [*args.ways, *(f"transformers {way}" for way in WAYS if way in args.ways and args.against)]
-    ways += [PADDED, JOINED, STREAM, GRAPHS] * (args.everything and "compiled bf16" in args.ways)
-    if not (args.profile or args.outside) or args.everything:
-        print(f"medians of {args.repeats}\n\n"
+    if not (args.profile or args.outside or args.variants) or args.everything:
+        print(f"\nmedians of {args.repeats}\n\n"
               "| config | way | tokens/s | share of peak | first step, s | peak memory, MiB |"
               + (" times transformers eager float32 | times transformers compiled bf16 |" if args.against else "")
               + "\n|---|---|---|---|---|---|" + "---|---|" * bool(args.against))
-        for name in args.configs:
+        for name in reversed(args.configs):
+            check_time()
             measure_speed(name, load(name, args, device), ways, args, peak)
     if args.profile or args.everything:
-        for name in args.configs:
+        for name in reversed(args.configs):
             for way in args.ways:
+                check_time()
                 profile(name, load(name, args, device), way, args, peak if "bf16" in way else products["float32"],
                         bandwidth)
     if args.outside or args.everything:
-        for name in args.configs:
+        for name in reversed(args.configs):
+            check_time()
             outside(name, args.overrides, args)
 
 

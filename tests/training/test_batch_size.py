@@ -8,8 +8,10 @@ from conftest import REPO
 from torch import nn
 
 from config import UserError, load_config
+from config.command_line import MAIN_CONFIG
+from model import Transformer
 from train import start_run
-from training.batch_size import choose_batch_size
+from training.batch_size import choose_batch_size, estimate_memory
 from training.checkpoints import load_checkpoint
 from training.distributed import SINGLE_PROCESS, DistributedContext
 
@@ -63,7 +65,7 @@ def found(config, fits, ranks=SINGLE_PROCESS, estimate=lambda size: 0.0,
             raise RuntimeError(message)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.batch_size.estimate_memory", lambda model, size, bf16: estimate(size))
+        patch.setattr("training.batch_size.estimate_memory", lambda model, size, *how: estimate(size))
         config = choose_batch_size(config, model, CPU, ranks, False, try_it)
     assert model.weight.grad is None
     return config.training.batch_size, config.training.gradient_accumulation_steps, tried
@@ -88,6 +90,14 @@ def test_the_largest_divisor_of_the_step_that_fits_is_found():
     "Storage size calculation overflowed with sizes=[10000000000, 10000000000]"])
 def test_whatever_a_library_says_of_too_little_memory_it_is_understood(message):
     assert found(quickstart(*step_of(32)), fits=9, message=message) == (8, 4, [32, 16, 8])
+
+
+@pytest.mark.parametrize(("size", "measured"), [(64, 5.0), (256, 18.8)])
+def test_the_estimate_for_a_gpu_is_near_what_was_measured(size, measured):
+    """GiB, one H200, 2026-11-26: the main shape in bf16, compiled, dropout 0.1, sequences of 512."""
+    with torch.device("meta"):
+        model = Transformer(load_config(MAIN_CONFIG).model)
+    assert estimate_memory(model, size, True, compiled=True) / 2**30 == pytest.approx(measured, rel=0.1)
 
 
 class Pair(DistributedContext):
