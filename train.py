@@ -59,7 +59,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config.wording import counted, format_bytes, format_seconds, indented
+from config.wording import counted, format_bytes
 from data.batches import dropout_seed
 from data.quality import check_quality
 from data.token_files import TokenFile, prepare_tokens
@@ -84,8 +84,11 @@ from training.distributed import DistributedContext, init_distributed
 from training.interruptions import FaultTolerantStream, deferred_interrupts
 from training.optimizer import describe_optimizer, make_optimizer
 from training.run import Run, micro_batch, read_losses
-from training.run_folder import RunFolder, lock_output_dir
+from training.run_folder import REPORT, RunFolder, lock_output_dir
 from training.schedule import learning_rate, schedule_notes
+from training.terminal import BOLD, announce_duration, open_bar, show_figures, styled, wrapped
+
+EARLY_STEPS, EARLY_TOKENS = (1, 10, 20, 50, 100, 200), 60  # where one story is shown, and of how many new tokens
 
 
 def accumulate_gradients(forward: Callable[[Tensor, Tensor], Tensor], precision: Callable[[], Any],
@@ -113,8 +116,7 @@ def train(run: Run, validation: TokenFile, total_steps: int) -> int:
     """Train to total_steps, or until Ctrl-C or early stopping. Returns the exit status: 0, or 128 + the signal."""
     training = run.config.training
     forward = prepare_device(run, total_steps)
-    bar = tqdm(total=total_steps, initial=run.iter_num, unit="step", desc="train", dynamic_ncols=True, smoothing=0.05,
-               disable=not (training.show_progress and sys.stderr.isatty()))
+    bar = open_bar(total_steps, run.iter_num, training.show_progress)
     run.clock = run.iter_num, time.perf_counter()
     first_step = run.iter_num + 1
     with bar, deferred_interrupts() as signals:
@@ -130,6 +132,8 @@ def train(run: Run, validation: TokenFile, total_steps: int) -> int:
             bar.update()
             if run.iter_num - first_step < 2:
                 announce_duration(run, run.iter_num == first_step, start, total_steps)
+            if run.iter_num in EARLY_STEPS and not is_evaluation_due(run, total_steps):
+                show_early_story(run)
             if run.iter_num % training.logging_steps == 0 or run.iter_num == total_steps:
                 log_steps(run, bar)
             if int(run.epoch) > epochs_done and training.keep_checkpoints and is_epoch_saved(run, epochs_done):
@@ -140,7 +144,7 @@ def train(run: Run, validation: TokenFile, total_steps: int) -> int:
         if not stopping and training.eval_samples:  # the evaluations so far were on a part of the validation split
             result = evaluate(run.model, validation, run.tokenizer, run.config, run.device, run.precision, 0,
                               run.distributed)
-            print(f"whole validation split: {describe_evaluation(result)}")
+            tqdm.write(f"whole validation split: {describe_evaluation(result)}")
             run.folder.record({"type": "final", "step": run.iter_num, "epoch": run.epoch, **result})
         run.completed = 0 if stopping else run.iter_num
         run.save(LATEST)
@@ -183,12 +187,12 @@ def evaluate_and_log(run: Run, validation: TokenFile) -> None:
     """Evaluate, generate the sample stories, print and record both, and save the model if it is the best so far."""
     result = evaluate(run.model, validation, run.tokenizer, run.config, run.device, run.precision,
                       run.config.training.eval_samples, run.distributed)
-    stories = run.sample()
+    stories = run.sample(run.config.sampling)
     if not math.isfinite(result["val_loss"]):
         raise UserError(f"step {run.iter_num:,}: the validation loss is not finite; {BEST} is unchanged")
-    tqdm.write(f"step {run.iter_num:,}, epoch {run.epoch:.2f}: {describe_evaluation(result)}")
+    tqdm.write(styled(f"step {run.iter_num:,}, epoch {run.epoch:.2f}: {describe_evaluation(result)}", BOLD))
     for story in stories:
-        tqdm.write(indented(story))
+        tqdm.write(wrapped(story))
     run.folder.record({"type": "evaluation", "step": run.iter_num, "epoch": run.epoch, **result, "samples": stories})
     run.evaluated = run.iter_num
     run.evaluations_without_gain += 1
@@ -199,21 +203,15 @@ def evaluate_and_log(run: Run, validation: TokenFile) -> None:
     run.clock = run.iter_num, time.perf_counter()
 
 
-def announce_duration(run: Run, is_first: bool, start: float, total_steps: int) -> None:
-    """Say how long the run will take: by its second step, since the first one warms up, or by its first if it is slow.
-
-    start: time at the beginning of the step. Synchronizes with the device. More than a day is a warning, since the
-    device may not be the one intended.
-    """
-    read_losses(run)
-    seconds = time.perf_counter() - start
-    left = (total_steps - run.iter_num) * seconds
-    if left > 60 and is_first == (seconds > 20):
-        tqdm.write(f"plan: about {format_seconds(left)} for {counted(total_steps - run.iter_num, 'more step')}, by the "
-                   "first ones; evaluations come on top")
-        if left > 86_400:
-            tqdm.write(f"warning: that is more than a day, on the {run.device.type}: use a GPU, a smaller config such "
-                       "as config/tinystories_cpu.yaml, or --set training.max_steps")
+def show_early_story(run: Run) -> None:
+    """Generate, print and record the beginning of one story, so that grammar is seen to arrive."""
+    start, sampling = time.perf_counter(), run.config.sampling
+    short = replace(sampling, prompts=sampling.prompts[:1], max_new_tokens=min(EARLY_TOKENS, sampling.max_new_tokens))
+    stories = run.sample(short)
+    for story in stories:
+        tqdm.write(f"step {run.iter_num:,}:\n{wrapped(story)}")
+    run.folder.record({"type": "early", "step": run.iter_num, "epoch": run.epoch, "samples": stories})
+    run.clock = run.clock[0], run.clock[1] + time.perf_counter() - start  # it is no training
 
 
 def log_steps(run: Run, bar: tqdm) -> None:
@@ -231,15 +229,13 @@ def log_steps(run: Run, bar: tqdm) -> None:
     entry = {"type": "step", "step": run.iter_num, "epoch": run.epoch, "loss": loss, "gradient_norm": run.norms[-1],
              "learning_rate": run.optimizer.param_groups[0]["lr"], "tokens_per_second": speed}
     run.unlogged.clear()
-    shown = {"loss": f"{loss:.3f}", "lr": f"{entry['learning_rate']:.1e}", "tok/s": f"{speed:,.0f}"}
+    shown = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}", "lr": f"{entry['learning_rate']:.1e}"}
     if peak := peak_flops(run.device):
         entry["peak_share"] = speed * flops_per_token(run.model) / peak / run.distributed.world_size
         shown["peak"] = f"{entry['peak_share']:.0%}"
     run.folder.record(entry)
     run.clock = run.iter_num, time.perf_counter()
-    bar.set_postfix(shown)
-    if bar.disable:
-        print(f"step {run.iter_num:,} of {bar.total:,}: " + ", ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+    show_figures(bar, run.iter_num, shown)
 
 
 def is_evaluation_due(run: Run, total_steps: int) -> bool:
@@ -399,17 +395,20 @@ def flag_to_extend(run: Run, total_steps: int) -> str:
 
 def print_summary(run: Run, before: int, seconds: float, to_extend: str, config_path: Path | None) -> None:
     """Print the result, a whole story, and what to do next. before: the step at which this program started."""
-    sampling, seeds = run.config.sampling, range(run.config.sampling.seed, run.config.sampling.seed + 4)
+    sampling, seeds = run.config.sampling, range(run.config.sampling.seed + 1, run.config.sampling.seed + 5)
     stories = sorted(generate_stories(run.model.eval(), run.tokenizer, [sampling.prompts[0]] * 4, sampling, seeds))
     story = next((story for story in stories if story.ended), stories[0])
-    best, latest = (shlex.quote(str(run.folder.path / name)) for name in (BEST, LATEST))
-    print(f"\nFinished at step {run.iter_num:,} ({counted(run.iter_num - before, 'step')} in {seconds / 60:.1f} min), "
-          f"best validation loss {run.best_val_loss:.4f}\n\n{story.text}\n\n"
-          f"Next:\n  python generate.py --checkpoint {best} --num_samples 3")
+    best, latest, report = (shlex.quote(str(run.folder.path / name)) for name in (BEST, LATEST, REPORT))
+    finished = (f"Finished at step {run.iter_num:,} ({counted(run.iter_num - before, 'step')} in {seconds / 60:.1f} "
+                f"min), best validation loss {run.best_val_loss:.4f}")
+    print(f"\n{styled(finished, BOLD)}\n\n{wrapped(story.text)}\nNext:\n"
+          f"  look at {report}: curves and stories\n"
+          f"  python evaluate.py --checkpoint {best}  # did it work?\n"
+          f"  python generate.py --checkpoint {best} --num_samples 3  # more stories")
     if to_extend == "--num_epochs":
         print(f"  python train.py --checkpoint {latest} --num_epochs {run.config.training.num_epochs + 1}")
     if config_path in (None, QUICKSTART):
-        print(f"  python train.py --config config/{MAIN_CONFIG.name}   (the real model; needs a GPU)")
+        print(f"  python train.py --config config/{MAIN_CONFIG.name}  # the real model, on a GPU")
 
 
 def main(arguments: tuple[argparse.Namespace, Config | None]) -> int:

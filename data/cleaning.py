@@ -107,7 +107,7 @@ def keep_as_is(text: str, counts: Counts, name: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        number = counts["stories"] + counts["empty"] + counts["held_out"] + 1
+        number = 1 + sum(counts[key] for key in ("stories", "empty", "held_out", "duplicate", "in_validation"))
         raise UserError(f"{name}: story {number} holds half of a character (\\u{ord(text[error.start]):x}); "
                         "data.clean: true leaves such stories out") from None
     if text.strip():

@@ -8,6 +8,7 @@ data/sources.py opens the sources; data/cleaning.py cleans their texts.
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from itertools import chain, islice
 from typing import Any, Literal
 
@@ -21,7 +22,8 @@ LOOKED_AT = 200  # texts by which a source is judged a list of short items
 LONG_ENOUGH = 2_000  # characters of a single document whose end can be held out
 LEFT_OUT = {  # why a text is not in this split
     "empty": "empty or null", "unreadable": "with lost characters", "cut_off":
-    f"cut off (under {SHORT} characters, without an end mark; data.clean: false keeps them)", "held_out": ""}
+    f"cut off (under {SHORT} characters, without an end mark; data.clean: false keeps them)",
+    "duplicate": "exact duplicates", "in_validation": "that stand in validation", "held_out": ""}
 
 
 @dataclass
@@ -32,9 +34,11 @@ class Stories:
     identity: dict[str, Any]  # plain JSON values, equal only if the stories are the same
     total_bytes: int | None  # estimated bytes of text; None: unknown
     _source: Source = field(repr=False)
-    _data: DataConfig = field(repr=False)
+    data: DataConfig = field(repr=False)
     _held_out: Literal["train", "validation"] | None = None  # this split of a source that is divided by the program
     _limit: int | None = None
+    _open_validation: Callable[[], "Stories"] | None = None  # if the validation split may have stories of this one
+    watch: Callable[[str], None] | None = None  # called with each story of an iteration
     # of the last iteration: stories and bytes (UTF-8) that it yielded; the keys of LEFT_OUT; repaired; limited (0 or 1)
     counts: Counts = field(default_factory=Counts)
 
@@ -44,12 +48,16 @@ class Stories:
         stories = self._cleaned(counts)
         if self._held_out:
             stories = self._divided(stories, counts)
+        if self.data.deduplicate:
+            stories = self._distinct(stories, counts)
         for story in stories:
             if counts["stories"] == self._limit:
                 counts["limited"] = 1
                 break
             counts["stories"] += 1
             counts["bytes"] += len(story) if story.isascii() else len(story.encode("utf-8"))
+            if self.watch:
+                self.watch(story)
             yield story
         if not counts["stories"]:
             found = describe_counts(counts, counts.examples)
@@ -58,9 +66,9 @@ class Stories:
     def _cleaned(self, counts: Counts) -> Iterator[str]:
         """The stories of the whole source."""
         texts = iter(self._source.read())
-        if not self._source.plain or self._data.separator != SEPARATOR:  # else they were split when they were read
+        if not self._source.plain or self.data.separator != SEPARATOR:  # else they were split when they were read
             texts = (piece for text in texts for piece in _pieces(text))
-        if self._data.clean:
+        if self.data.clean:
             first = _look_ahead(texts)
             short = [is_cut_off(text.strip()) for text in first if text.strip()]
             mostly_short = sum(short) > len(short) / 2  # a list of names, say, and not stories that were cut off
@@ -82,12 +90,30 @@ class Stories:
             else:
                 counts["held_out"] += 1
 
+    @cached_property
+    def validation_hashes(self) -> set[int]:
+        """hash() of each validation story, in this process; empty if the splits are made so that they share none."""
+        return set(map(hash, self._open_validation())) if self._open_validation else set()
+
+    def _distinct(self, stories: Iterator[str], counts: Counts) -> Iterator[str]:
+        """The stories without exact duplicates and, in training, without those that stand in validation."""
+        seen: set[int] = set()  # hashes of 8 bytes: a false duplicate in ten million passes over TinyStories
+        for story in stories:
+            key = hash(story)
+            if key in self.validation_hashes:
+                counts.note("in_validation", story)
+            elif key in seen:
+                counts.note("duplicate", story)
+            else:
+                seen.add(key)
+                yield story
+
     def _division(self) -> tuple[Callable[[str], bool] | None, str | None]:
         """Which stories are held out: a fraction by hash, but at least one, and not all; or the only document there is.
 
         Reads the source until it has seen a story for either split, which is soon in a large one.
         """
-        fraction, lowest, highest, first = self._data.validation_fraction, 1.0, 0.0, None
+        fraction, lowest, highest, first = self.data.validation_fraction, 1.0, 0.0, None
         for story in self._cleaned(Counts()):
             first = story if first is None else first
             place = hash_to_unit(story)
@@ -104,7 +130,7 @@ class Stories:
 
     def _divided_document(self, text: str, wants_validation: bool) -> Iterator[str]:
         """The beginning of a single document for training, its end for validation, if it is long enough for both."""
-        separator = "" if not self._source.plain else f", since no {self._data.separator!r} stands in it"
+        separator = "" if not self._source.plain else f", since no {self.data.separator!r} stands in it"
         if len(text) < LONG_ENOUGH:
             if wants_validation:
                 raise UserError(
@@ -113,7 +139,7 @@ class Stories:
                     "such as --set 'data.separator=\"\\n\"' for a story on each line")
             yield text
             return
-        cut = len(text) - max(LONG_ENOUGH // 10, round(len(text) * self._data.validation_fraction))
+        cut = len(text) - max(LONG_ENOUGH // 10, round(len(text) * self.data.validation_fraction))
         nearest = max(len(text) // 2, cut - len(text) // 10)
         cut = next((place + 1 for mark in "\n ." if (place := text.rfind(mark, nearest, cut)) >= 0), cut)
         say_once(f"note: {self._source.name}: one document{separator}; its last {len(text) - cut:,} characters are "
@@ -182,6 +208,10 @@ def open_stories(data: DataConfig, split: Literal["train", "validation"]) -> Sto
         stories.name += f" ({100 * fraction:g}% of the stories held out)"
         if stories.total_bytes is not None:
             stories.total_bytes = round(stories.total_bytes * (fraction if split == "validation" else 1 - fraction))
+    if split == "train" and not hold_out and (elsewhere or data.dataset != "sample"):
+        stories._open_validation = partial(open_stories, data, "validation")
+    if data.deduplicate:
+        stories.identity["deduplicate"] = stories._open_validation().identity if stories._open_validation else True
     if split == "train" and data.max_stories is not None:
         stories.identity["max_stories"] = stories._limit = data.max_stories
         stories.total_bytes = None

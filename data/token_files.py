@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +21,7 @@ from config import UserError
 from config.schema import DataConfig
 from config.wording import counted
 from data.atomic_files import atomic_write, file_lock, remove_partial_files
+from data.quality import NOTED, StoryChecks, describe_check
 from data.stories import Stories, describe_counts, open_stories
 from data.tokenizer import END_OF_STORY, article_mask, train_tokenizer
 from data.word_cache import make_encoder
@@ -41,6 +42,7 @@ class TokenFile:
     digest: str  # equal only if tokens and COUNTS are equal
     examples: dict[str, str] = field(default_factory=dict)  # a text of each kind that was not kept as it was
     fresh: float = 0.0  # bytes per token of a tokenizer of this size made from this text; 0: unknown
+    checks: list[dict[str, Any]] = field(default_factory=list)  # of data/quality.py; none in old files
 
 
 def prepare_tokens(data: DataConfig, tokenizer: Tokenizer, split: str, show_progress: bool = True) -> TokenFile:
@@ -60,6 +62,9 @@ def prepare_tokens(data: DataConfig, tokenizer: Tokenizer, split: str, show_prog
                 fresh = fresh_bytes_per_token(stories, tokenizer) if split == "train" else 0.0
                 build_token_file(stories, tokenizer, path, fingerprint, show_progress, fresh)
                 found, reason = open_token_file(path, fingerprint)
+                for check in found.checks if found and data.check_quality else ():
+                    if check["number"]:
+                        print(f"quality: {split}: {describe_check(check)}")
         if found is None:
             raise UserError(f"{path}: {reason} right after it was built: check this disk")
     else:
@@ -71,6 +76,9 @@ def prepare_tokens(data: DataConfig, tokenizer: Tokenizer, split: str, show_prog
         notes += f"{'; ' * bool(notes)}only the first {data.max_stories:,} (data.max_stories), and there are more"
     if notes:
         print(f"tokens: {split}: {notes}")
+    for check in found.checks:
+        if check["name"].endswith(NOTED):
+            print(f"note: {split}: {describe_check(check)}; data.deduplicate: true leaves them out")
     bytes_per_token = found.counts["bytes"] / found.counts["tokens"]
     if bytes_per_token < MISFIT * found.fresh:
         print(f"warning: the tokenizer was made from other text: {bytes_per_token:.2f} bytes per token, where one made "
@@ -118,6 +126,7 @@ def open_token_file(path: Path, fingerprint: dict[str, Any]) -> tuple[TokenFile 
         counts = {key: int(count) for key, count in header["counts"].items()} | {
             key: int(header["counts"][key]) for key in COUNTS}
         examples, fresh = dict(header.get("examples", {})), float(header.get("fresh", 0))
+        checks = list(header.get("checks", []))
         found, digest = header["fingerprint"], str(header["digest"])
         if header.pop("checksum", None) not in (None, checksum(header)):  # None: of an earlier version
             raise ValueError
@@ -131,16 +140,17 @@ def open_token_file(path: Path, fingerprint: dict[str, Any]) -> tuple[TokenFile 
     dtype = np.dtype(fingerprint["dtype"]).newbyteorder("<")
     if not path.is_file() or path.stat().st_size != counts["tokens"] * dtype.itemsize or not counts["tokens"]:
         return None, "damaged (its size is not what its .json says)"
-    tokens = np.memmap(path, dtype=dtype, mode="r")
-    if digest != make_digest(tokens, counts):  # 2 GB/s: half a second for all of TinyStories
+    if digest != make_digest(path, counts):  # 2 GB/s: half a second for all of TinyStories
         return None, "damaged (its checksum is not what its .json says)"
-    return TokenFile(path, tokens, counts, digest, examples, fresh), ""
+    return TokenFile(path, np.memmap(path, dtype=dtype, mode="r"), counts, digest, examples, fresh, checks), ""
 
 
-def make_digest(tokens: np.ndarray, counts: dict[str, int]) -> str:
-    """sha256 of a token file's bytes and its counts."""
+def make_digest(path: Path, counts: dict[str, int]) -> str:
+    """sha256 of a token file's counts and its bytes, read in pieces: mapped, they would take a gigabyte of memory."""
     digest = hashlib.sha256(json.dumps([counts[key] for key in COUNTS]).encode("utf-8"))
-    digest.update(tokens.view(np.uint8))
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
     return digest.hexdigest()
 
 
@@ -152,16 +162,17 @@ def checksum(header: dict[str, Any]) -> str:
 def build_token_file(stories: Stories, tokenizer: Tokenizer, path: Path, fingerprint: dict[str, Any],
                      show_progress: bool = True, fresh: float = 0.0) -> None:
     """Encode all stories into `path`, in bounded memory. If it is interrupted, no usable file remains."""
-    header = path.with_suffix(".json")
+    header, checks = path.with_suffix(".json"), StoryChecks(stories)
+    stories = replace(stories, watch=checks.add)
     for name in (path.name, header.name):
         remove_partial_files(path.parent, name)
     with atomic_write(path) as file:
         counts = _encode_all(stories, tokenizer, file, show_progress)
         file.flush()
-        digest = make_digest(np.memmap(file.name, dtype=np.uint8, mode="r"), counts)
+        digest = make_digest(Path(file.name), counts)
         header.unlink(missing_ok=True)  # so that there is never an old .json beside a new .bin
     made = {"fingerprint": fingerprint, "counts": counts, "examples": stories.counts.examples, "fresh": fresh,
-            "digest": digest}
+            "digest": digest, "checks": checks.results(stories.counts)}
     with atomic_write(header) as file:
         file.write(json.dumps({**made, "checksum": checksum(made)}, indent=1).encode("utf-8"))
 

@@ -8,7 +8,6 @@ import itertools
 import json
 import re
 import signal
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 
 from config import Config, UserError
 from config.wording import counted, one_line
@@ -115,9 +115,10 @@ def train_tokenizer(stories: Iterable[str], vocab_size: int, min_frequency: int 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=min_frequency, show_progress=show_progress,
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=min_frequency, show_progress=False,
                                   special_tokens=list(SPECIAL_TOKENS),
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    stories = tqdm(stories, desc="tokenizer", unit=" stories", disable=None if show_progress else True)
     with _ending_at_once():
         tokenizer.train_from_iterator(map(_cut_long_words, stories), trainer)
     return tokenizer_from_json(tokenizer.to_str(), "the new tokenizer")
@@ -208,7 +209,7 @@ def make_tokenizer(config: Config, folder: str | Path, make: Callable[[Iterable[
     stories = itertools.islice(source, config.tokenizer.max_samples)
     tokenizer = make(stories) if make else train_tokenizer(
         stories, config.model.vocab_size, config.tokenizer.min_frequency,
-        config.training.show_progress and sys.stderr.isatty())
+        config.training.show_progress)
     try:
         held_out = list(itertools.islice(open_stories(config.data, "validation"), REPORT_STORIES))
     except UserError as error:  # the tokenizer itself needs no validation split

@@ -181,19 +181,20 @@ def _table(name: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
 
 def _time_line(entries: Sequence[dict]) -> str:
-    """The sample stories of each evaluation, in order, with the articles marked."""
-    moments = [entry for entry in _of(entries, "evaluation") if entry.get("samples")]
+    """The story of each of the first steps and the stories of each evaluation, in order, with the articles marked."""
+    moments = [entry for entry in entries if entry["type"] in ("early", "evaluation") and entry.get("samples")]
     shown = _thin(moments, MAX_SAMPLES)
     english = any("article_loss" in entry for entry in shown)
     parts = ["<h2>Stories as grammar arrives</h2>", '<p class="soft">Always from the same prompts and the same seed'
              + ("; <mark>articles</mark> are marked" if english else "")
-             + f". {len(shown)} of {len(moments)} evaluations are shown.</p>"]
+             + f". {len(shown)} of {len(moments)} moments are shown.</p>"]
     words = re.compile(rf"\b({'|'.join(sorted(ARTICLES))})\b", re.I)
     for entry in shown:
         stories = [words.sub(r"<mark>\1</mark>" if english else r"\1", html.escape(text)) for text in entry["samples"]]
         boxes = "".join(f'<div class="story">{story}</div>' for story in stories)
-        losses = f"validation loss {entry['val_loss']:.3f}" + (
-            f", articles {entry['article_loss']:.3f}, other tokens {entry['other_loss']:.3f}" if english else "")
-        parts.append(f'<section class="moment"><p><b>step {entry["step"]:,}</b>, epoch {entry["epoch"]:.2f}: {losses}'
+        losses = f": validation loss {entry['val_loss']:.3f}" if "val_loss" in entry else ""
+        if "article_loss" in entry:
+            losses += f", articles {entry['article_loss']:.3f}, other tokens {entry['other_loss']:.3f}"
+        parts.append(f'<section class="moment"><p><b>step {entry["step"]:,}</b>, epoch {entry["epoch"]:.2f}{losses}'
                      f'</p><div class="stories">{boxes}</div></section>')
     return "\n".join(parts) if moments else ""

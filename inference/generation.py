@@ -73,17 +73,17 @@ def find_stop(text: str, stops: Sequence[str]) -> int | None:
 
 
 def sample_stories(model: Transformer, tokenizer: Tokenizer, sampling: SamplingConfig, compute: str,
-                   ) -> Callable[[], list[str]]:
-    """A function that generates one story for each prompt of the config with the weights that the model then has.
+                   ) -> Callable[[SamplingConfig], list[str]]:
+    """A function that generates a story for each prompt of its argument with the weights that the model then has.
 
     The seed is always the same, so that evaluations can be compared. The function keeps its engine, and on a GPU the
-    graphs of its steps. compute: see pack().
+    graphs of its steps. sampling: its argument, or one with more. compute: see pack().
     """
     longest = max(map(len, encode_prompts(tokenizer, sampling.prompts, model.config.max_seq_len)))
     engine = Engine(pack(model, compute), tokenizer.token_to_id(END_OF_STORY), tokenizer.get_vocab_size(),
                     len(sampling.prompts), longest + sampling.max_new_tokens)
 
-    def generate() -> list[str]:
+    def generate(sampling: SamplingConfig) -> list[str]:
         refresh(engine.model, model)
         seeds = [sampling.seed] * len(sampling.prompts)
         stories = generate_stories(engine.model, tokenizer, sampling.prompts, sampling, seeds, engine=engine)

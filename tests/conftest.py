@@ -94,12 +94,12 @@ def start_script(workplace, request):
         shadows.mkdir()
         (shadows / "matplotlib.py").write_text("raise ImportError('not in this test')", encoding="utf-8")
 
-    def start(*arguments, before=(), stdout=subprocess.PIPE, environment=None, **more):
+    def start(*arguments, before=(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, environment=None, **more):
         flags = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
         path = os.pathsep.join(filter(None, (str(shadows), os.environ.get("PYTHONPATH"))))
         surroundings = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, **(environment or {})}
         return subprocess.Popen([sys.executable, *before, str(REPO / "train.py"), *tiny_arguments(*arguments)],
-                                cwd=workplace, stdout=stdout, stderr=subprocess.PIPE, encoding="utf-8",
+                                cwd=workplace, stdout=stdout, stderr=stderr, encoding="utf-8",
                                 errors="replace", env=surroundings, **flags, **more)
     return start
 

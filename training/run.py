@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Config, UserError
+from config.schema import SamplingConfig
 from config.wording import indented
 from data.batches import count_sequences, dropout_seed, read_batch, training_sequences
 from data.cleaning import CLEANING_VERSION
@@ -40,7 +41,7 @@ class Run:
     folder: RunFolder | None = None
     distributed: DistributedContext = SINGLE_PROCESS
     precision: Callable[[], Any] = contextlib.nullcontext
-    sample: Callable[[], list[str]] = list  # generates the sample stories of an evaluation
+    sample: Callable[[SamplingConfig], list[str]] = lambda sampling: []  # generates a story for each of its prompts
     iter_num: int = 0  # steps done
     position: int = 0  # sequences trained on, over all epochs
     best_val_loss: float = math.inf

@@ -53,7 +53,7 @@ def measure_here(corpus: str, folder: str) -> None:
 
     unit = 2**20 if sys.platform == "darwin" else 2**10
     tokenizer = load_tokenizer(folder)
-    data = DataConfig(dataset=corpus, validation=corpus + ".none", tokenizer_path=folder, cache_dir=folder)
+    data = DataConfig(dataset=corpus, validation=f"{folder}/validation", tokenizer_path=folder, cache_dir=folder)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     start = time.perf_counter()
     prepare_tokens(data, tokenizer, "train", show_progress=False)
@@ -63,7 +63,7 @@ def measure_here(corpus: str, folder: str) -> None:
 
 def compare_speed(corpus: Path, vocab_size: int, repeats: int, folder: str) -> None:
     """Print MB/s of the library on text in memory, of reading, and from file to token file, taking turns."""
-    data = DataConfig(dataset=str(corpus), validation=f"{corpus}.none", tokenizer_path=folder, cache_dir=folder)
+    data = DataConfig(dataset=str(corpus), validation=f"{folder}/validation", tokenizer_path=folder, cache_dir=folder)
     stories = open_stories(data, "train")
     texts = list(stories)
     megabytes = stories.counts["bytes"] / 1e6
@@ -99,6 +99,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "validation").mkdir()
+        (Path(folder) / "validation" / "one.txt").write_text("A cat sat.", encoding="utf-8")  # none is held out
         if args.memory:
             measure_memory(args.memory, args.repeats, folder)
         elif args.text:

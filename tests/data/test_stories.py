@@ -1,5 +1,6 @@
 """Every source gives the same stories, splits never mix, and errors are one clear line."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from config import UserError
 from config.command_line import REPO
 from config.schema import DataConfig
 from data import readers, sources
-from data.stories import open_stories
+from data.stories import describe_counts, open_stories
 
 STORIES = [
     "Once there was a cat.\nIt sat on the mat, and it was happy.",
@@ -421,6 +422,49 @@ def test_max_stories_limits_train_only_and_after_holding_out(tmp_path):
     assert list(limited) == everything[:50] and limited.counts["stories"] == 50
     sides = [list(opened(path, "validation", validation_fraction=0.2, max_stories=n)) for n in (50, None)]
     assert sides[0] == sides[1] and len(sides[0]) > 100
+
+
+def test_deduplicate_leaves_out_duplicates_and_from_training_what_stands_in_validation(tmp_path):
+    def data(**settings):
+        return DataConfig(dataset=str(tmp_path / "train.txt"), validation=str(tmp_path / "valid.txt"), **settings)
+
+    write_txt(tmp_path / "train.txt", ["One.", "Two.", "One.", "Three.", "Two.", "Four.", "one."])
+    write_txt(tmp_path / "valid.txt", ["Three.", "Five.", "Five."])
+    train, validation = (open_stories(data(deduplicate=True, clean=False), split) for split in ("train", "validation"))
+    for _ in range(2):  # each iteration starts anew
+        assert list(train) == ["One.", "Two.", "Four.", "one."] and list(validation) == ["Three.", "Five."]
+    assert (train.counts["duplicate"], train.counts["in_validation"]) == (2, 1)
+    assert validation.counts["duplicate"] == 1 and not validation.counts["in_validation"]
+    noted = describe_counts(train.counts, train.counts.examples)
+    assert noted == "left out: 2 exact duplicates, such as 'One.'; 1 that stand in validation, such as 'Three.'"
+    assert list(open_stories(data(deduplicate=True, clean=False, max_stories=3), "train")) == ["One.", "Two.", "Four."]
+    assert len(list(open_stories(data(clean=False), "train"))) == 7
+    write_txt(tmp_path / "train.txt", ["Three.", "Five."])
+    with pytest.raises(UserError, match=r"no story in it .*2 that stand in validation"):
+        list(open_stories(data(deduplicate=True, clean=False), "train"))
+
+
+def test_identity_differs_with_deduplicate_and_then_with_the_validation_split(tmp_path):
+    for name in ("train", "valid", "other"):
+        write_txt(tmp_path / f"{name}.txt", [f"The {name} story.", "Another."])
+
+    def identity(validation, split="train", **settings):
+        data = DataConfig(dataset=str(tmp_path / "train.txt"), validation=str(tmp_path / validation), **settings)
+        return open_stories(data, split).identity
+
+    assert identity("valid.txt") == identity("other.txt") and "deduplicate" not in identity("valid.txt")
+    unlike = [identity("valid.txt"), identity("valid.txt", deduplicate=True), identity("other.txt", deduplicate=True),
+              identity("valid.txt", "validation"), identity("valid.txt", "validation", deduplicate=True)]
+    assert all(one != other for one, other in itertools.combinations(unlike, 2))
+
+
+@pytest.mark.parametrize("dataset", ["sample", "own.txt"])
+def test_splits_that_share_no_story_are_not_compared(tmp_path, monkeypatch, dataset):
+    monkeypatch.chdir(tmp_path)
+    write_txt(tmp_path / "own.txt", [f"Story {number}." for number in range(300)])
+    stories = open_stories(DataConfig(dataset=dataset, deduplicate=True), "train")
+    monkeypatch.setattr("data.stories.open_stories", None)
+    assert stories.validation_hashes == set() and next(iter(stories))
 
 
 def test_sample_splits_share_no_story():

@@ -117,6 +117,15 @@ def test_the_samples_are_a_time_line(page):
         assert f"validation loss {entry['val_loss']:.3f}" in moment and stories[1] == "She saw <mark>a</mark> cat."
 
 
+def test_the_stories_of_the_first_steps_come_before_those_of_the_evaluations(tmp_path):
+    early = [{"type": "early", "step": step, "epoch": 0.0, "samples": [f"Once {step} <b>"]} for step in (1, 10)]
+    write_metrics(tmp_path, [*early, *made_up_metrics()])
+    write_report(tmp_path)
+    moments = re.findall(r'<section class="moment">(.*?)</section>', (tmp_path / REPORT).read_text("utf-8"), re.S)
+    assert [re.search(r"step (\d+)", moment)[1] for moment in moments[:3]] == ["1", "10", "50"]
+    assert '<div class="story">Once 10 &lt;b&gt;</div>' in moments[1] and "loss" not in moments[1]
+
+
 class Reader(HTMLParser):
     VOID = frozenset(("meta", "br", "path", "use", "rect", "line"))
 
@@ -175,7 +184,8 @@ def test_training_draws_the_report_and_continues_without_it(tiny_config, tmp_pat
     assert start_run(tiny_config(*settings, "training.output_dir=run"), None, None) == 0
     folder = tmp_path / "run"
     entries = read_metrics(folder / "metrics.jsonl")
-    assert [entry["type"] for entry in entries if entry["type"] != "step"] == ["plan", "evaluation", "final"]
+    assert [entry["type"] for entry in entries if entry["type"] != "step"] == [
+        "plan", "early", "early", "evaluation", "final"]
     page = (folder / REPORT).read_text(encoding="utf-8")
     assert f"{entries[-1]['val_loss']:.4f}" in page and "tokens a step" in page and "learning_rate: 0.003" in page
     capsys.readouterr()

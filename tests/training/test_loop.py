@@ -29,6 +29,7 @@ from training.checkpoints import LATEST, load_checkpoint
 from training.non_finite import find_non_finite
 from training.optimizer import make_optimizer
 from training.schedule import learning_rate, schedule_notes
+from training.terminal import wrapped
 
 CPU = torch.device("cpu")
 FLOAT32 = choose_precision(CPU, use_bf16=False)[0]
@@ -301,6 +302,34 @@ def test_from_stories_to_a_story(tiny_config, tmp_path, capsys):
     assert [entry["loss"] for entry in metrics(folder, "step")] == [entry["loss"] for entry in steps]
 
 
+def test_a_story_of_each_early_step_shows_grammar_arriving(tiny_config, tmp_path, monkeypatch, capsys):
+    """At steps 1, 10 and 20, but 20 has the stories of an evaluation; resumed in between; and the weights stay as
+    they are without."""
+    settings = ["training.eval_steps=20", "training.save_steps=3", "sampling.max_new_tokens=70"]
+    monkeypatch.setattr("train.EARLY_TOKENS", 15)
+    for steps, checkpoint in ((11, None), (25, tmp_path / "run" / LATEST)):
+        config = tiny_config(*settings, f"training.max_steps={steps}", "training.output_dir=run")
+        assert start_run(config, None, checkpoint) == 0
+    early = metrics(tmp_path / "run", "early")
+    assert [entry["step"] for entry in early] == [1, 10] and all(len(entry["samples"]) == 1 for entry in early)
+    prompt, out = config.sampling.prompts[0], capsys.readouterr().out
+    for entry in early:
+        story = entry["samples"][0]
+        assert story.startswith(prompt) and len(story) < len(prompt) + 15 * 10
+        assert f"step {entry['step']}:\n{wrapped(story)}" in out
+    assert all(entry["tokens_per_second"] > 0 for entry in metrics(tmp_path / "run", "step"))
+    monkeypatch.setattr("train.EARLY_STEPS", ())
+    config = tiny_config(*settings, "training.max_steps=11", "training.output_dir=without",
+                         "scheduler.lr_decay_iters=25")
+    config_with = tiny_config(*settings, "training.max_steps=11", "training.output_dir=with",
+                              "scheduler.lr_decay_iters=25")
+    assert start_run(config, None, None) == 0 and not metrics(tmp_path / "without", "early")
+    monkeypatch.setattr("train.EARLY_STEPS", range(30))
+    assert start_run(config_with, None, None) == 0 and len(metrics(tmp_path / "with", "early")) == 10
+    theirs = weights(tmp_path / "without" / LATEST)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights(tmp_path / "with" / LATEST).items())
+
+
 @pytest.mark.parametrize(("settings", "phrase"), [
     (["optimizer.learning_rate=7e-3"], "adamw, learning rate 0.007"),
     (["optimizer.type=muon", "optimizer.learning_rate=7e-3"], "muon, learning rate 0.007"),
@@ -311,7 +340,7 @@ def test_a_run_of_one_step_says_so_and_what_takes_it(tiny_config, capsys, settin
     out = capsys.readouterr().out
     plan = [line for line in out.splitlines() if line.startswith("plan: ")]
     assert "(1 sequence of 64 x 2)" in plan[1] and "1 step in all" in plan[1] and plan[1].count(phrase) == 1
-    assert "Finished at step 1 (1 step in" in out and "this run has 1 step:" in out  # of which the warm-up would take 5
+    assert "Finished at step 1 (1 step in" in out and "this run has 1 step, so" in out  # of which the warm-up would take 5
     assert not re.search(r"\b1 (?:steps|sequences|stories|evaluations)\b", out)
     with pytest.raises(UserError, match="has already finished its 1 step"):
         start_run(config, None, Path(config.training.output_dir) / LATEST)

@@ -249,6 +249,7 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(tiny_config, tmp_path
     config = tiny_config("training.max_steps=12", "training.output_dir=run", "training.save_steps=100")
     with monkeypatch.context() as patch:
         patch.setattr(train, "sample_stories", lambda *args: interrupt)
+        patch.setattr(train, "EARLY_STEPS", ())
         with pytest.raises(KeyboardInterrupt):
             train.start_run(config, None, None)
     assert load_checkpoint(tmp_path / "run" / LATEST)["iter_num"] == 10  # saved before the evaluation began
