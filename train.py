@@ -118,7 +118,7 @@ def train(run: Run, validation: TokenFile, total_steps: int) -> int:
     forward = prepare_device(run, total_steps)
     bar = open_bar(total_steps, run.iter_num, training.show_progress)
     run.clock = run.iter_num, time.perf_counter()
-    first_step = run.iter_num + 1
+    first_step, begun = run.iter_num + 1, run.clock[1]
     with bar, deferred_interrupts() as signals:
         while not (stopping := run.distributed.any_process(bool(signals))):
             if is_evaluation_due(run, total_steps):
@@ -142,13 +142,15 @@ def train(run: Run, validation: TokenFile, total_steps: int) -> int:
             if run.iter_num % training.save_steps == 0 or is_evaluation_due(run, total_steps):
                 run.save(LATEST)
         if not stopping and training.eval_samples:  # the evaluations so far were on a part of the validation split
-            result = evaluate(run.model, validation, run.tokenizer, run.config, run.device, run.precision, 0,
-                              run.distributed)
+            with run.timed("evaluation"):
+                result = evaluate(run.model, validation, run.tokenizer, run.config, run.device, run.precision, 0,
+                                  run.distributed)
             tqdm.write(f"whole validation split: {describe_evaluation(result)}")
             run.folder.record({"type": "final", "step": run.iter_num, "epoch": run.epoch, **result})
         run.completed = 0 if stopping else run.iter_num
         run.save(LATEST)
         saved = run.finish_save()
+        run.spent["whole"] = time.perf_counter() - begun
     if not saved:
         raise UserError(f"{training.output_dir}: the last save failed (see the warning above): {LATEST} is missing or "
                         "from an earlier step")
@@ -185,9 +187,11 @@ def train_step(run: Run, forward: Callable, total_steps: int) -> None:
 
 def evaluate_and_log(run: Run, validation: TokenFile) -> None:
     """Evaluate, generate the sample stories, print and record both, and save the model if it is the best so far."""
-    result = evaluate(run.model, validation, run.tokenizer, run.config, run.device, run.precision,
-                      run.config.training.eval_samples, run.distributed)
-    stories = run.sample(run.config.sampling)
+    with run.timed("evaluation"):
+        result = evaluate(run.model, validation, run.tokenizer, run.config, run.device, run.precision,
+                          run.config.training.eval_samples, run.distributed)
+    with run.timed("samples"):
+        stories = run.sample(run.config.sampling)
     if not math.isfinite(result["val_loss"]):
         raise UserError(f"step {run.iter_num:,}: the validation loss is not finite; {BEST} is unchanged")
     tqdm.write(styled(f"step {run.iter_num:,}, epoch {run.epoch:.2f}: {describe_evaluation(result)}", BOLD))
@@ -199,19 +203,19 @@ def evaluate_and_log(run: Run, validation: TokenFile) -> None:
     if result["val_loss"] < run.best_val_loss:
         run.best_before, run.best_val_loss, run.evaluations_without_gain = run.best_val_loss, result["val_loss"], 0
         run.save(BEST)
-    run.folder.draw()
-    run.clock = run.iter_num, time.perf_counter()
+    with run.timed("report"):
+        run.folder.draw()
 
 
 def show_early_story(run: Run) -> None:
     """Generate, print and record the beginning of one story, so that grammar is seen to arrive."""
-    start, sampling = time.perf_counter(), run.config.sampling
+    sampling = run.config.sampling
     short = replace(sampling, prompts=sampling.prompts[:1], max_new_tokens=min(EARLY_TOKENS, sampling.max_new_tokens))
-    stories = run.sample(short)
+    with run.timed("samples"):
+        stories = run.sample(short)
     for story in stories:
         tqdm.write(f"step {run.iter_num:,}:\n{wrapped(story)}")
     run.folder.record({"type": "early", "step": run.iter_num, "epoch": run.epoch, "samples": stories})
-    run.clock = run.clock[0], run.clock[1] + time.perf_counter() - start  # it is no training
 
 
 def log_steps(run: Run, bar: tqdm) -> None:
@@ -401,7 +405,10 @@ def print_summary(run: Run, before: int, seconds: float, to_extend: str, config_
     best, latest, report = (shlex.quote(str(run.folder.path / name)) for name in (BEST, LATEST, REPORT))
     finished = (f"Finished at step {run.iter_num:,} ({counted(run.iter_num - before, 'step')} in {seconds / 60:.1f} "
                 f"min), best validation loss {run.best_val_loss:.4f}")
-    print(f"\n{styled(finished, BOLD)}\n\n{wrapped(story.text)}\nNext:\n"
+    whole = run.spent.pop("whole")
+    shares = {"steps": whole - sum(run.spent.values()), **run.spent}
+    times = ", ".join(f"{part} {seconds / whole:.1%}" for part, seconds in shares.items())
+    print(f"\n{styled(finished, BOLD)}\nTime: {times}\n\n{wrapped(story.text)}\nNext:\n"
           f"  look at {report}: curves and stories\n"
           f"  python evaluate.py --checkpoint {best}  # did it work?\n"
           f"  python generate.py --checkpoint {best} --num_samples 3  # more stories")

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class Run:
     found_inf: Tensor | None = None  # float32, (): 1 after a non-finite gradient; from then on weights do not change
     best_before: float = math.inf  # best_val_loss, in case that writing BEST fails
     clock: tuple[int, float] = (0, 0.0)  # a step and the time at its end; since then, only training took time
+    spent: dict[str, float] = field(default_factory=dict)  # seconds of this program's run on what is no step, by name
 
     @property
     def sequences_per_epoch(self) -> int:
@@ -78,12 +79,21 @@ class Run:
         for name in RUN_STATE:
             setattr(self, name, checkpoint[name])
 
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Count the time of what is no step under this name. All processes call it together."""
+        read_losses(self)  # waits for the steps so far
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        self.spent[part] = self.spent.get(part, 0.0) + seconds
+        self.clock = self.clock[0], self.clock[1] + seconds
+
     def save(self, name: str) -> None:
         """Start writing a checkpoint file. All processes call this method; the main process writes."""
-        read_losses(self)  # a saved model is known to be finite
-        self.finish_save()
-        self.folder.save(name, self.state)
-        self.clock = self.iter_num, time.perf_counter()
+        with self.timed("saves"):  # which reads the losses, so a saved model is known to be finite
+            self.finish_save()
+            self.folder.save(name, self.state)
 
     def finish_save(self) -> bool:
         """Wait for the save in progress. Returns False, in all processes, if it failed."""

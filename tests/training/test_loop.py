@@ -330,6 +330,15 @@ def test_a_story_of_each_early_step_shows_grammar_arriving(tiny_config, tmp_path
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights(tmp_path / "with" / LATEST).items())
 
 
+def test_the_end_of_a_run_says_where_its_time_went(tiny_config, capsys):
+    assert start_run(tiny_config("training.max_steps=12"), None, None) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Time: "))
+    shares = dict(re.findall(r"(\w+) ([\d.]+)%", line))
+    assert set(shares) == {"steps", "evaluation", "samples", "saves", "report"}
+    assert sum(map(float, shares.values())) == pytest.approx(100, abs=0.3)
+    assert min(float(shares[part]) for part in ("steps", "evaluation", "samples", "saves")) > 0
+
+
 @pytest.mark.parametrize(("settings", "phrase"), [
     (["optimizer.learning_rate=7e-3"], "adamw, learning rate 0.007"),
     (["optimizer.type=muon", "optimizer.learning_rate=7e-3"], "muon, learning rate 0.007"),
@@ -340,7 +349,7 @@ def test_a_run_of_one_step_says_so_and_what_takes_it(tiny_config, capsys, settin
     out = capsys.readouterr().out
     plan = [line for line in out.splitlines() if line.startswith("plan: ")]
     assert "(1 sequence of 64 x 2)" in plan[1] and "1 step in all" in plan[1] and plan[1].count(phrase) == 1
-    assert "Finished at step 1 (1 step in" in out and "this run has 1 step, so" in out  # of which the warm-up would take 5
+    assert "Finished at step 1 (1 step in" in out and "this run has 1 step, so" in out  # the warm-up would take 5
     assert not re.search(r"\b1 (?:steps|sequences|stories|evaluations)\b", out)
     with pytest.raises(UserError, match="has already finished its 1 step"):
         start_run(config, None, Path(config.training.output_dir) / LATEST)
