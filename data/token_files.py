@@ -24,7 +24,7 @@ from data.atomic_files import atomic_write, file_lock, remove_partial_files
 from data.quality import NOTED, StoryChecks, describe_check
 from data.stories import Stories, describe_counts, open_stories
 from data.tokenizer import END_OF_STORY, article_mask, train_tokenizer
-from data.word_cache import make_encoder
+from data.word_cache import count_processes, encode_chunks
 
 FORMAT = 2  # of the files
 COUNTS = ("stories", "tokens", "bytes", "article_tokens")
@@ -179,7 +179,7 @@ def build_token_file(stories: Stories, tokenizer: Tokenizer, path: Path, fingerp
 
 def _encode_all(stories: Stories, tokenizer: Tokenizer, file: BinaryIO, show_progress: bool) -> dict[str, int]:
     dtype, used = _dtype(tokenizer).newbyteorder("<"), np.zeros(tokenizer.get_vocab_size(), np.int64)
-    encode, separator = make_encoder(tokenizer, dtype), np.array(tokenizer.token_to_id(END_OF_STORY), dtype).tobytes()
+    separator = np.array(tokenizer.token_to_id(END_OF_STORY), dtype).tobytes()
 
     def write(ids: bytes) -> None:
         used[:] += np.bincount(np.frombuffer(ids, dtype), minlength=len(used))
@@ -187,8 +187,9 @@ def _encode_all(stories: Stories, tokenizer: Tokenizer, file: BinaryIO, show_pro
 
     with tqdm(total=stories.total_bytes, unit="B", unit_scale=True, desc="tokenize", leave=False,
               disable=None if show_progress else True) as progress:
-        for chunk, num_bytes in _chunks(stories):
-            write(b"".join(separator + ids for ids in encode(chunk)))
+        processes = count_processes(stories.total_bytes)
+        for ids, num_bytes in encode_chunks(tokenizer, dtype, separator, _chunks(stories), processes):
+            write(ids)
             progress.update(num_bytes)
     write(separator)
     counts = {"tokens": used.sum(), "article_tokens": used[article_mask(tokenizer)].sum(),

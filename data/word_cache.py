@@ -5,16 +5,25 @@ thousand words make up nearly all of TinyStories, so each word is encoded once a
 """
 
 import json
+import multiprocessing
+import os
 import re
+import signal
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 from tokenizers import Tokenizer
+
+from config import UserError
 
 # GPT-2's pattern, for texts without UNKNOWN: in ASCII, Python's re has the same letters, digits and white space as the
 # library's regex engine, and for both the punctuation marks that UNKNOWN excepts are none of these
 WORD = re.compile(r" ?[A-Za-z]+|'(?:[sdmt]|ll|ve|re)| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
 UNKNOWN = re.compile("[^\x00-\x7f‘’“”–—…]")
+MANY_BYTES, MOST_PROCESSES = 200_000_000, 8  # of text, from which on it pays to start processes; and how many
 MAX_WORDS, MAX_LENGTH = 200_000, 100  # of the cache (about 30 MB), and of a word that is cached
 
 
@@ -63,3 +72,50 @@ def make_encoder(tokenizer: Tokenizer, dtype: np.dtype) -> Callable[[Sequence[st
             yield b"".join(map(cache.__getitem__, WORD.findall(story))) if by_cache else pack(next(encoded).ids)
 
     return encode
+
+
+# Several processes
+
+def count_processes(num_bytes: int | None) -> int:
+    """How many processes are to encode a text of this size (None: unknown): as many as there are cores, or one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_PROCESSES) if (num_bytes or 0) >= MANY_BYTES else 1
+
+
+def encode_chunks(tokenizer: Tokenizer, dtype: np.dtype, separator: bytes, chunks: Iterator[tuple[list[str], int]],
+                  processes: int) -> Iterator[tuple[bytes, int]]:
+    """The ids of each chunk of stories, each story after the separator, with the chunk's number, in order.
+
+    Few chunks are in memory at once. Raises UserError if a process dies.
+    """
+    if processes == 1:
+        encode = make_encoder(tokenizer, dtype)
+        yield from ((b"".join(separator + ids for ids in encode(chunk)), number) for chunk, number in chunks)
+        return
+    # spawn, which works on all systems: each process imports the script anew, which takes seconds
+    pool, pending = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process, (
+        tokenizer.to_str(), tokenizer.encode_special_tokens, dtype, separator)), deque()
+    try:
+        for chunk, number in chunks:
+            pending.append((pool.submit(_encode_chunk, chunk), number))
+            if len(pending) > 2 * processes:
+                future, number = pending.popleft()
+                yield future.result(), number
+        yield from ((future.result(), number) for future, number in pending)
+    except BrokenProcessPool:
+        raise UserError("tokens: a process that encodes stories was ended from outside: is the memory full?") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_process(tokenizer: str, encode_special_tokens: bool, dtype: np.dtype, separator: bytes) -> None:
+    global _encode, _separator
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other processes have the other cores
+    loaded = Tokenizer.from_str(tokenizer)
+    loaded.encode_special_tokens = encode_special_tokens  # is not in its JSON
+    _encode, _separator = make_encoder(loaded, dtype), separator
+
+
+def _encode_chunk(stories: Sequence[str]) -> bytes:
+    return b"".join(_separator + ids for ids in _encode(stories))

@@ -25,6 +25,7 @@ REPO = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(REPO))
 
 from config.schema import DataConfig  # noqa: E402
+from data import token_files  # noqa: E402
 from data.stories import open_stories  # noqa: E402
 from data.synthetic_stories import synthetic_stories  # noqa: E402
 from data.token_files import build_token_file, prepare_tokens  # noqa: E402
@@ -33,6 +34,7 @@ from data.tokenizer import (  # noqa: E402
     save_tokenizer,
     train_tokenizer,
 )
+from data.word_cache import MANY_BYTES, count_processes  # noqa: E402
 
 BLOCK = 10_000_000  # bytes of different stories; a larger corpus is this block again and again
 
@@ -73,11 +75,15 @@ def compare_speed(corpus: Path, vocab_size: int, repeats: int, folder: str) -> N
         for start in range(0, len(texts), 2400):
             tokenizer.encode_batch_fast(texts[start:start + 2400], add_special_tokens=False)
 
-    def build() -> None:
+    def build(processes: int) -> None:
+        token_files.count_processes = lambda num_bytes: processes
         build_token_file(stories, tokenizer, Path(folder) / "speed.bin", {}, show_progress=False)
 
+    most = count_processes(10**12)
     ways = {"library, text in memory, all cores": library, "reading and cleaning": lambda: [*stories],
-            "from file to token file": build}
+            "from file to token file": lambda: build(1)}
+    if most > 1:
+        ways[f"the same, {most} processes (used from {MANY_BYTES // 10**6} MB on)"] = lambda: build(most)
     seconds = {name: [] for name in ways}
     for _ in range(repeats + 1):  # the first one does not count
         for name, way in ways.items():

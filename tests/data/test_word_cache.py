@@ -1,13 +1,16 @@
 """The word cache in front of the tokenizer library gives the library's own ids, for every text and tokenizer."""
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
+from config import UserError
 from data import word_cache as encoding
-from data.word_cache import WordCache, make_encoder, splits_like_gpt2
+from data.word_cache import WordCache, encode_chunks, make_encoder, splits_like_gpt2
 
 DTYPE = np.dtype("<u2")
 # what the pattern must distinguish: contractions, white space of all kinds (also what only Python or only Unicode takes
@@ -87,3 +90,38 @@ def test_a_word_is_encoded_once_and_the_cache_is_bounded(monkeypatch):
     for i in range(1000):
         assert cache[f"w{i}"] == b"w%d" % i and cache["a" * 10_000] == b"a" * 10_000
         assert len(cache) <= 50 and sum(map(len, cache)) < 500
+
+
+class EndsTheProcess:
+    """In the place of a story: who unpickles it is gone."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_processes_encode_as_one_does_in_order_and_without_hoarding(tokenizer, stories):
+    """And where one of them dies, that is said in one line."""
+    texts = [story + odd for story, odd in zip(stories[:60], ["", " 中 ²", "<|endoftext|>"] * 20, strict=True)]
+    taken = []
+
+    def chunks(numbers):
+        for number in numbers:
+            taken.append(number)
+            yield texts[2 * number:2 * number + 2], number
+
+    alone = list(encode_chunks(tokenizer, DTYPE, b"\0\0", chunks(range(30)), 1))
+    assert b"".join(ids for ids, _ in alone) == b"".join(
+        b"\0\0" + np.array(ids, DTYPE).tobytes() for ids in by_library(tokenizer, texts))
+    taken.clear()
+    together = []
+    for result in encode_chunks(tokenizer, DTYPE, b"\0\0", chunks(range(30)), 2):
+        together.append(result)
+        assert len(taken) - len(together) <= 4
+    assert together == alone
+    with pytest.raises(UserError, match="ended from outside"):
+        list(encode_chunks(tokenizer, DTYPE, b"\0\0", iter([([EndsTheProcess()], 0)]), 1 + 1))
+
+
+def test_only_much_text_is_worth_processes():
+    assert encoding.count_processes(None) == encoding.count_processes(encoding.MANY_BYTES - 1) == 1
+    assert 1 <= encoding.count_processes(2 * encoding.MANY_BYTES) <= encoding.MOST_PROCESSES
