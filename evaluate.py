@@ -2,15 +2,19 @@
 
     python evaluate.py --checkpoint checkpoints/quickstart/best_model.pth
     python evaluate.py --checkpoint X --data some.txt      only how likely the model finds that text, byte for byte
+    python evaluate.py --checkpoint X --judge gpt-4o-mini  and have a language model mark the stories
 """
 
 import argparse
+import functools
+import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 from config import UserError, check_overrides, config_from_dict, run_script
-from config.command_line import Parser, not_negative, parse_before_imports
+from config.command_line import Parser, not_negative, parse_before_imports, positive
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -20,11 +24,19 @@ def parse_arguments() -> argparse.Namespace:
                         "models with different tokenizers compare in bits per byte")
     parser.add_argument("--num_stories", type=not_negative, default=200, help="how many stories to generate and "
                         "compare with as many real ones; 0: none (%(default)s)")
+    parser.add_argument("--judge", metavar="MODEL", help="have this model mark stories; needs OPENAI_API_KEY or a "
+                        "--judge_url, and costs what its calls cost")
+    parser.add_argument("--judge_url", metavar="URL", help="an OpenAI-compatible address, such as that of a local "
+                        "server: http://localhost:8080/v1")
+    parser.add_argument("--judge_stories", type=positive, default=50, help="how many stories, and as many real ones, "
+                        "to mark (%(default)s)")
+    parser.add_argument("--yes", action="store_true", help="do not ask before --judge begins")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the whole result, with the stories, as JSON")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE",
                         help="override one value of the checkpoint's config; may be given many times")
     args = parser.parse_args()
     check_overrides(args.overrides)
+    check_judge(args)
     for override in args.overrides:
         if override.strip().startswith("model."):
             raise UserError(f"--set {override}: the model is the checkpoint's, and cannot be changed here")
@@ -35,14 +47,40 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def check_judge(args: argparse.Namespace) -> None:
+    """Raise UserError if the judge cannot be asked with these arguments."""
+    if not args.judge:
+        if args.judge_url:
+            raise UserError("--judge_url: name the model, too: --judge MODEL")
+        return
+    if args.data or not args.num_stories:
+        raise UserError("--judge: marks generated stories: leave out --data and --num_stories 0")
+    if importlib.util.find_spec("openai") is None:
+        raise UserError("--judge needs the package openai: pip install openai")
+    if not args.judge_url and not os.environ.get("OPENAI_API_KEY"):
+        raise UserError("--judge: set the environment variable OPENAI_API_KEY, or name a local server by --judge_url")
+    if not args.yes and not sys.stdin.isatty():
+        raise UserError("--judge: costs what its calls cost, and there is no terminal to ask on: confirm by --yes")
+
+
 if __name__ == "__main__":
     arguments = parse_before_imports(parse_arguments)
 
 from data.atomic_files import atomic_write
 from evaluation.full_evaluation import evaluate_checkpoint
+from evaluation.judge import Judge, describe, judge_stories
 from evaluation.report import update_report
 from training.checkpoints import load_checkpoint, newest_checkpoint
 from training.run_folder import EVALUATION
+
+JUDGE = "judge.json"  # beside the checkpoint
+
+
+def confirm(yes: bool, cost: str) -> None:
+    """Ask whether the judge is worth its cost. Raises UserError if not."""
+    print(f"The judge: {cost}.")
+    if not yes and input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise UserError("--judge: not begun")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -52,6 +90,13 @@ def main(args: argparse.Namespace) -> None:
     path = args.checkpoint or newest_checkpoint()
     config = config_from_dict(load_checkpoint(path)["config"], str(path), args.overrides)
     result = evaluate_checkpoint(config, path, print, args.data, args.num_stories)
+    if args.judge and "stories" in result:
+        judge, count = Judge(args.judge, args.judge_url), args.judge_stories
+        print()
+        result["judge"] = judge_stories(judge, result["stories"][:count], result["references"][:count],
+                                        path.parent / JUDGE, functools.partial(confirm, args.yes),
+                                        config.training.show_progress)
+        print("\n".join(describe(result["judge"])), f"\nwritten: {path.parent / JUDGE}", sep="\n")
     if args.out:
         with atomic_write(args.out) as file:
             file.write(json.dumps(result, indent=1, ensure_ascii=False).encode("utf-8"))
