@@ -22,9 +22,7 @@ from pathlib import Path
 
 from config import UserError, config_from_dict, run_script
 from config.command_line import Parser, parse_before_imports, positive
-from config.schema import SamplingConfig, change_settings
-
-SETTINGS = [field.name for field in dataclasses.fields(SamplingConfig) if field.name != "prompts"]
+from config.schema import SAMPLING_SETTINGS, SamplingConfig, change_settings
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError(f"--num_samples {args.num_samples}: must be 1 with --interactive")
     if "" in args.stop:
         raise UserError("--stop: found an empty text, expected one that ends a story")
-    args.settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    args.settings = {name: getattr(args, name) for name in SAMPLING_SETTINGS if getattr(args, name) is not None}
     change_settings(SamplingConfig(), args.settings, "--{} {}")  # checks them
     return args
 
@@ -68,14 +66,15 @@ from tqdm import tqdm
 
 from data.atomic_files import create_file, name_in_errors
 from data.readers import SEPARATOR, read_prompts
-from data.tokenizer import tokenizer_from_json
+from data.tokenizer import token_bytes, tokenizer_from_json
 from device import choose_device, unused_gpu
 from evaluation.checklist import GOOD_LOSS
 from inference.engine import Continuation
-from inference.generation import Story, encode_prompts, find_stop, generate_stories
+from inference.generation import Story, encode_prompts, generate_stories
+from inference.growing_text import GrowingText
 from inference.packed_weights import choose_compute, pack
 from model import Transformer
-from training.checkpoints import BEST, load_checkpoint, model_from_checkpoint, newest_checkpoint
+from training.checkpoints import describe_checkpoint, load_checkpoint, model_from_checkpoint, newest_checkpoint
 
 FRAME = 1 / 30  # seconds between two looks at a growing story
 HELP = """Type the beginning of a story and press Enter (nothing: from scratch). Ctrl-C stops a story.
@@ -85,27 +84,20 @@ HELP = """Type the beginning of a story and press Enter (nothing: from scratch).
 
 
 def print_as_it_grows(tokenizer: Tokenizer, stops: Sequence[str] = ()) -> Callable[[list[Continuation]], None]:
-    """A function that prints the new text of the one running story: whole characters, and no part of a stop text."""
-    decoded, waiting = None, ""  # the number of new tokens in the text so far, and its end that is not printed yet
+    """A function that prints the new text of the one running story."""
+    growing, printed = GrowingText(token_bytes(tokenizer), stops), None  # printed: how many of the new tokens
     shown = 0.0  # when the story was printed last
 
     def watch(running: list[Continuation]) -> None:
-        nonlocal decoded, waiting, shown
+        nonlocal printed, shown
         story = running[0]
         if not story.done and time.perf_counter() - shown < FRAME:
             return
         shown = time.perf_counter()
-        if decoded is None:
+        if printed is None:
             print(tokenizer.decode(story.prompt, skip_special_tokens=True), end="")
-            decoded = 0
-        text = tokenizer.decode(story.new[decoded:], skip_special_tokens=True)
-        if story.done or not text.endswith("\ufffd"):  # a token may end inside a character, which decodes to that
-            decoded, waiting = len(story.new), waiting + text
-            beginnings = [stop[:length] for stop in stops for length in range(1, len(stop))]
-            held = max((len(text) for text in beginnings if waiting.endswith(text)), default=0)
-            end = find_stop(waiting, stops) if story.done else len(waiting) - held
-            print(waiting[:end], end="", flush=True)
-            waiting = waiting[end:] if end is not None else ""
+        print(growing.add(story.new[printed or 0:], story.done), end="", flush=True)
+        printed = len(story.new)
 
     return watch
 
@@ -163,7 +155,8 @@ def run_interactive(model: Transformer, tokenizer: Tokenizer, sampling: Sampling
             if command == "/set" and words:
                 sampling = change_settings(sampling, {words[0]: " ".join(words[1:])}, "/set {} {}")
             elif command in ("/help", "/set"):
-                print(HELP, *(f"{name} {getattr(sampling, name)}" for name in SETTINGS), sep="\n", file=sys.stderr)
+                lines = (f"{name} {getattr(sampling, name)}" for name in SAMPLING_SETTINGS)
+                print(HELP, *lines, sep="\n", file=sys.stderr)
             elif command.startswith("/"):
                 raise UserError(f"{command}: unknown command; known: /set, /help, /quit")
             else:
@@ -193,17 +186,6 @@ def tidy_prompts(prompts: Sequence[str]) -> list[str]:
     return tidy
 
 
-def print_model(checkpoint: dict, path: Path) -> None:
-    """Say on standard error how far the model was trained and how good it is."""
-    finished = checkpoint.get("completed") == checkpoint["iter_num"]
-    loss, of_run = checkpoint["best_val_loss"], "" if finished else " so far"
-    known = f"validation loss {loss:.3f}" if loss < math.inf else "not evaluated yet"
-    known = known if path.name == BEST or loss == math.inf else f"best of its run{of_run}: {known}"
-    print(f"{path}: step {checkpoint['iter_num']:,}, epoch {checkpoint['epoch']:.2f}, {known}", file=sys.stderr)
-    if GOOD_LOSS < loss < math.inf:
-        print(f"warning: that loss is above {GOOD_LOSS}: expect grammar mistakes; train longer", file=sys.stderr)
-
-
 def main(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts_file) if args.prompts_file else []
     device, path = choose_device(args.device), args.checkpoint or newest_checkpoint()
@@ -217,7 +199,9 @@ def main(args: argparse.Namespace) -> None:
     prompts = tidy_prompts(prompts)
     tokenizer = tokenizer_from_json(checkpoint["tokenizer"], str(path))
     encode_prompts(tokenizer, prompts, checkpoint["config"]["model"]["max_seq_len"])  # checks them before --out opens
-    print_model(checkpoint, path)
+    print(describe_checkpoint(checkpoint, path), file=sys.stderr)
+    if GOOD_LOSS < checkpoint["best_val_loss"] < math.inf:
+        print(f"warning: that loss is above {GOOD_LOSS}: expect grammar mistakes; train longer", file=sys.stderr)
     compute, why = choose_compute(args.compute, device, len(prompts) * args.num_samples)
     print(f"computing in {compute}{why}", file=sys.stderr)
     model = pack(model_from_checkpoint(checkpoint, path, device), compute)
@@ -225,7 +209,7 @@ def main(args: argparse.Namespace) -> None:
           create_file(args.out, "--out") if args.out else contextlib.nullcontext() as file):
         def record(sampling: SamplingConfig, prompt: str, seed: int, story: Story) -> None:
             if file is not None:
-                settings = {name: getattr(sampling, name) for name in SETTINGS if name != "seed"}
+                settings = {name: getattr(sampling, name) for name in SAMPLING_SETTINGS if name != "seed"}
                 settings |= {"compute": compute, "checkpoint": str(path)}
                 line = {"prompt": prompt, "seed": seed, "text": story.text, "tokens": story.tokens,
                         "mean_log_probability": story.log_probability, "ended": story.ended, "settings": settings}

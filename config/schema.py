@@ -148,6 +148,9 @@ class SamplingConfig:
     seed: Count = 42
 
 
+SAMPLING_SETTINGS = tuple(field.name for field in dataclasses.fields(SamplingConfig) if field.name != "prompts")
+
+
 @dataclass(frozen=True)
 class HardwareConfig:
     """Where to run."""

@@ -71,15 +71,18 @@ def byte_characters() -> list[str]:
     return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
 
 
-def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """The number of UTF-8 bytes of each token id, int64, shape (tokenizer's vocabulary size,); 0 for special tokens.
+def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
+    """The bytes of each token id; none of special tokens. A byte-level BPE writes each byte as one character."""
+    byte_of = {character: byte for byte, character in enumerate(byte_characters())}
+    special = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    tokens = [tokenizer.id_to_token(index) for index in range(tokenizer.get_vocab_size())]
+    return [b"" if index in special else bytes(byte_of[character] for character in token)
+            if byte_of.keys() >= set(token) else token.encode("utf-8") for index, token in enumerate(tokens)]
 
-    A byte-level BPE writes each byte as one character, so the length of a token is its number of bytes.
-    """
-    lengths = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
-    for token, index in tokenizer.get_vocab().items():
-        lengths[index] = 0 if token in SPECIAL_TOKENS else len(token)
-    return lengths
+
+def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
+    """The number of UTF-8 bytes of each token id, int64, shape (tokenizer's vocabulary size,); 0 for special tokens."""
+    return np.array([len(of_token) for of_token in token_bytes(tokenizer)], dtype=np.int64)
 
 
 def article_mask(tokenizer: Tokenizer, articles: Sequence[str] = ARTICLES) -> np.ndarray:

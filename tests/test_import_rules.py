@@ -7,7 +7,7 @@ import pytest
 from conftest import REPO
 
 ROOMS = ("config", "data", "device", "model", "training", "inference", "evaluation", "scripts")  # imports run leftwards
-SCRIPTS = ("train", "generate", "evaluate", "export", "train_custom_tokenizer")
+SCRIPTS = ("train", "generate", "evaluate", "export", "serve", "train_custom_tokenizer")
 
 
 def room_of(module: str) -> str | None:

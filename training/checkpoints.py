@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -105,6 +106,15 @@ def newest_checkpoint(folder: Path = Path("checkpoints")) -> Path:
     newest = max(files, key=lambda path: path.stat().st_mtime_ns)
     best = newest.with_name(BEST)
     return best if best in files else newest
+
+
+def describe_checkpoint(checkpoint: dict[str, Any], path: Path) -> str:
+    """How far the model was trained and how good it is."""
+    finished = checkpoint.get("completed") == checkpoint["iter_num"]
+    loss, of_run = checkpoint["best_val_loss"], "" if finished else " so far"
+    known = f"validation loss {loss:.3f}" if loss < math.inf else "not evaluated yet"
+    known = known if path.name == BEST or loss == math.inf else f"best of its run{of_run}: {known}"
+    return f"{path}: step {checkpoint['iter_num']:,}, epoch {checkpoint['epoch']:.2f}, {known}"
 
 
 def model_from_checkpoint(checkpoint: dict[str, Any], source: str | Path, device: torch.device | str) -> Transformer:

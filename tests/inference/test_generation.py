@@ -465,7 +465,7 @@ def test_a_growing_story_is_printed_in_whole_characters(tokenizer, capsys, monke
         watch([generated])
         pieces.append(capsys.readouterr().out)
     assert "".join(pieces) == text and "" in pieces  # a token ended inside a character, and nothing came of it yet
-    assert all("\ufffd" not in piece for piece in pieces if "left" not in piece and " " not in piece)
+    assert sum("\ufffd" in piece for piece in pieces) == 1  # the one of the text
     cut = generate.Continuation(0, [0, *tokenizer.encode("🐉").ids[:1]], 1, FREE)
     watch = print_as_it_grows(tokenizer)
     cut.extend([0], [0.0], end=0)  # it ended inside a character: what is there is shown

@@ -8,8 +8,8 @@ import sys
 import pytest
 from conftest import REPO
 
-SCRIPTS = ("train.py", "generate.py", "evaluate.py", "train_custom_tokenizer.py")
-HEAVY = {"torch", "tokenizers", "datasets", "transformers", "matplotlib", "numpy", "tqdm", "model"}
+SCRIPTS = ("train.py", "generate.py", "evaluate.py", "serve.py", "train_custom_tokenizer.py")
+HEAVY = {"torch", "tokenizers", "datasets", "transformers", "matplotlib", "numpy", "tqdm", "fastapi", "model"}
 # runs a script as `python script.py ...` does; when that exits, the heavy modules it loaded are the last line of stderr
 RUN = f"""
 import atexit, runpy, sys
@@ -33,7 +33,7 @@ def test_help_loads_nothing_heavy(tmp_path, script):
 
 BAD = [(script, arguments, part) for script in SCRIPTS for arguments, part in (
     (["--no_such_flag"], "--no_such_flag"),
-    (["--set", "training.batch_sze=4"], "did you mean batch_size?" if script != "generate.py" else "--set"))]
+    (["--set", "training.batch_sze=4"], "batch_size" if script not in ("generate.py", "serve.py") else "--set"))]
 BAD += [(script, arguments, part) for script in ("train.py", "train_custom_tokenizer.py") for arguments, part in (
     (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"), (["--config", "bad.yaml"], "bad.yaml, line"),
     (["--config", "unknown.yaml"], "did you mean d_model?"), (["--set", "training.batch_size"], "section.key"))]
