@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import math
 import os
+import platform
 import re
 import shutil
 import sys
@@ -160,6 +161,13 @@ def peak_flops(device: torch.device) -> float | None:
     """The device's peak dense bf16 FLOP/s, where known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def describe_machine(device: torch.device) -> str:
+    """The device, the system, and the versions of Python and torch."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
+    return (f"{name}; {platform.system()} {platform.machine()}; Python {platform.python_version()}, "
+            f"torch {torch.__version__}")
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Did it work? A checklist, the likelihood of the validation split, and generated stories compared with real ones.
+"""Did it work? A verdict, a checklist, the validation split's likelihood, and stories compared with real ones.
 
     python evaluate.py --checkpoint checkpoints/quickstart/best_model.pth
     python evaluate.py --checkpoint X --data some.txt      only how likely the model finds that text, byte for byte

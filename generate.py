@@ -200,8 +200,9 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = tokenizer_from_json(checkpoint["tokenizer"], str(path))
     encode_prompts(tokenizer, prompts, checkpoint["config"]["model"]["max_seq_len"])  # checks them before --out opens
     print(describe_checkpoint(checkpoint, path), file=sys.stderr)
-    if GOOD_LOSS < checkpoint["best_val_loss"] < math.inf:
-        print(f"warning: that loss is above {GOOD_LOSS}: expect grammar mistakes; train longer", file=sys.stderr)
+    aim = GOOD_LOSS.get(checkpoint["config"].get("data", {}).get("dataset"), math.inf)
+    if aim < checkpoint["best_val_loss"] < math.inf:
+        print(f"warning: that loss is above {aim}: expect grammar mistakes; train longer", file=sys.stderr)
     compute, why = choose_compute(args.compute, device, len(prompts) * args.num_samples)
     print(f"computing in {compute}{why}", file=sys.stderr)
     model = pack(model_from_checkpoint(checkpoint, path, device), compute)

@@ -68,6 +68,7 @@ from device import (
     choose_compile,
     choose_device,
     choose_precision,
+    describe_machine,
     explain_out_of_memory,
     keep_freed_memory,
     peak_flops,
@@ -115,7 +116,7 @@ def accumulate_gradients(forward: Callable[[Tensor, Tensor], Tensor], precision:
 def train(run: Run, validation: TokenFile, total_steps: int) -> int:
     """Train to total_steps, or until Ctrl-C or early stopping. Returns the exit status: 0, or 128 + the signal."""
     training = run.config.training
-    forward = prepare_device(run, total_steps)
+    forward = prepare_device(run, validation, total_steps)
     bar = open_bar(total_steps, run.iter_num, training.show_progress)
     run.clock = run.iter_num, time.perf_counter()
     first_step, begun = run.iter_num + 1, run.clock[1]
@@ -262,7 +263,7 @@ def is_finished(run: Run, total_steps: int) -> bool:
 
 # Before and after the loop
 
-def prepare_device(run: Run, total_steps: int) -> Callable[[Tensor, Tensor], Tensor]:
+def prepare_device(run: Run, validation: TokenFile, total_steps: int) -> Callable[[Tensor, Tensor], Tensor]:
     """Choose precision, batch size and compilation, and print the plan. Returns the forward to train with."""
     keep_freed_memory()
     run.precision, precision_note = choose_precision(run.device, run.config.training.use_bf16,
@@ -299,7 +300,9 @@ def prepare_device(run: Run, total_steps: int) -> Callable[[Tensor, Tensor], Ten
     forward, compile_note = compile_for(training.batch_size)
     plan.append(f"{run.device.type} x {run.distributed.world_size}, {precision_note}, {compile_note}")
     print(f"plan: {plan[-1]}")
-    run.folder.record({"type": "plan", "step": run.iter_num, "plan": plan + notes, "config": run.config.to_dict()})
+    run.folder.record({"type": "plan", "step": run.iter_num, "plan": plan + notes, "config": run.config.to_dict(),
+                       "machine": describe_machine(run.device), "date": time.strftime("%Y-%m-%d %H:%M"),
+                       "checks": {"training": run.train_file.checks, "validation": validation.checks}})
     return run.distributed.data_parallel(forward, run.device)
 
 

@@ -1,4 +1,4 @@
-"""The full evaluation of a checkpoint: checklist, likelihood, and generated stories compared with real ones."""
+"""The full evaluation of a checkpoint: verdict, checklist, likelihood, and generated stories beside real ones."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ from evaluation.comparison import compare, format_table, measure_passages
 from evaluation.likelihood import describe_likelihood, measure_likelihood
 from evaluation.references import Passage, choose_references, cut_reference, read_stories
 from evaluation.text_metrics import has_words, learn
+from evaluation.verdict import find_differences, give_verdict
 from inference.generation import generate_stories
 from inference.packed_weights import choose_compute, pack
 from model import Transformer
@@ -32,8 +33,21 @@ def evaluate_checkpoint(config: Config, checkpoint_path: Path, show: Callable[[s
                         num_stories: int = 200) -> dict[str, Any]:
     """Evaluate a checkpoint from all sides; with `data`, only how likely the model finds that text.
 
-    show: takes each part of the result as text, as soon as it is known. Returns the result as plain values.
+    show: takes the result as text, the verdict first. Returns the result as plain values.
     """
+    said: list[str] = []
+    try:
+        result = _evaluate(config, checkpoint_path, said.append, data, num_stories)
+        if "verdict" in result:
+            said.insert(0, result["verdict"]["line"])
+        return result
+    finally:  # what was measured before an error or Ctrl-C is not lost
+        for part in said:
+            show(part)
+
+
+def _evaluate(config: Config, checkpoint_path: Path, show: Callable[[str], object], data: str | None,
+              num_stories: int) -> dict[str, Any]:
     device, checkpoint = choose_device(config.hardware.device), load_checkpoint(checkpoint_path)
     check_model(checkpoint, checkpoint_path, config)
     model = model_from_checkpoint(checkpoint, checkpoint_path, device)
@@ -52,7 +66,8 @@ def evaluate_checkpoint(config: Config, checkpoint_path: Path, show: Callable[[s
         metrics = read_metrics(checkpoint_path.parent / METRICS)
         of_run = check_run(checkpoint, checkpoint_path, config, train_file) if checkpoint["iter_num"] else []
         checks = [*of_run,
-                  *check_likelihood(likelihood, checkpoint["iter_num"], metrics, config.model.vocab_size)]
+                  *check_likelihood(likelihood, checkpoint["iter_num"], metrics, config.model.vocab_size,
+                                     config.data.dataset)]
         result["checks"] = [check._asdict() for check in checks]
         show("\n".join(["", str(checkpoint_path), *map(str, checks)]))
     show("\n" + describe_likelihood(likelihood, data or "validation split", has_english(validation.counts)))
@@ -108,9 +123,13 @@ def compare_stories(model: Transformer, tokenizer: Tokenizer, config: Config, tr
     described = [[{**passage._asdict(), **{key: list(value) for key, value in figures.items()}}
                   for passage, figures in zip(side, of_side, strict=True)]
                  for side, of_side in ((passages, measured), (references, expected))]
-    table = compare(passages, references, measured, expected, has_english(validation.counts))
-    return {"table": table, "stories": described[0],
-            "references": described[1], "learned_from": learned.num_stories, "nouns": sorted(learned.nouns)}
+    english = has_english(validation.counts)
+    findings = find_differences(measured, expected, english)
+    measures = {key: found._asdict() for key, found in findings.items()}
+    return {"verdict": {**give_verdict(findings, len(pairs)), "measures": measures},
+            "table": compare(passages, references, measured, expected, findings, english),
+            "stories": described[0], "references": described[1], "learned_from": learned.num_stories,
+            "nouns": sorted(learned.nouns)}
 
 
 def generate_passages(model: Transformer, tokenizer: Tokenizer, config: Config, prompts: Sequence[str],

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
+
 ARTICLES = frozenset(("a", "an", "the"))
 DETERMINERS = ARTICLES | set(
     "this that these those my your his her its our their some any no each every another either neither much many more "
@@ -35,11 +37,21 @@ SAID_WITH_CONSONANT = re.compile(r"(?:uni(?!n|m)|us(?:e|u)|eu|ewe|one(?![a-z])|o
 SAID_WITH_VOWEL = re.compile(r"(?:hour|honest|honou?r|heir|herb)")
 
 
-class Learned(NamedTuple):
-    """What learn() found in the training text: its words, and the nouns that nearly always have a determiner."""
+SENTENCE_ENDS = frozenset(".!?…\"”'’)»।۔؟")
+FILTER_BITS = 27  # of the filter of trigrams: 128 MB; some 6 million trigrams fill 4% of it
 
-    words: frozenset[str]
+
+class Learned(NamedTuple):
+    """What learn() found in the training text.
+
+    words: an id for each. nouns: those that nearly always have a determiner. names: words nearly always capitalized
+    inside a sentence. trigrams: bool, (2**FILTER_BITS,), true at the hash of each trigram of words.
+    """
+
+    words: dict[str, int]
     nouns: frozenset[str]
+    names: frozenset[str]
+    trigrams: np.ndarray
     num_stories: int
 
 
@@ -77,30 +89,45 @@ def has_determiner(tokens: Sequence[str], index: int) -> bool:
 
 
 def learn(texts: Iterable[str], min_count: int = 20, share: float = 0.95) -> Learned:
-    """The words of the training text, and its nouns that seldom lack a determiner.
+    """The words of the training text, its trigrams, its names, and its nouns that seldom lack a determiner.
 
     A word counts as such a noun if it occurs at least min_count times, has a determiner in `share` of its occurrences,
     and is followed by a word outside of the noun phrase in most: "park" is one, "big" is not. Names, plurals and verbs
     often occur without a determiner, so they are not in the list.
     """
-    seen, with_determiner, ends_phrase, words, num_stories = Counter(), Counter(), Counter(), set(), 0
+    seen, with_determiner, ends_phrase, num_stories = Counter(), Counter(), Counter(), 0
+    named, lower, words, trigrams = Counter(), Counter(), {}, np.zeros(1 << FILTER_BITS, dtype=bool)
     for text in texts:
         num_stories += 1
         tokens = split_words(text)
+        for word in (in_story := [token.lower() for token in tokens if is_word(token)]):
+            words.setdefault(word, len(words))
+        trigrams[_hash_trigrams(in_story, words)] = True
         for index, token in enumerate(tokens):
-            if not is_word(token):
-                continue
             word = token.lower()
-            words.add(word)
-            if word in OUTSIDE or word in DETERMINERS or is_name(tokens, index):
+            if not is_word(token) or word in OUTSIDE or word in DETERMINERS:
+                continue
+            if is_name(tokens, index):
+                named[word.removesuffix("'s")] += 1
                 continue
             seen[word] += 1
             with_determiner[word] += has_determiner(tokens, index)
             after = tokens[index + 1].lower() if index + 1 < len(tokens) else "."
             ends_phrase[word] += after in OUTSIDE or not is_word(after)
+            lower[word] += token[0].islower()
     nouns = {word for word, count in seen.items() if count >= min_count and "'" not in word
              and with_determiner[word] >= share * count and ends_phrase[word] >= 0.6 * count}
-    return Learned(frozenset(words), frozenset(nouns), num_stories)
+    names = {word for word, count in named.items() if count >= min_count / 4 and lower[word] <= (1 - share) * count
+             and not word.startswith("i'")}
+    return Learned(words, frozenset(nouns), frozenset(names), trigrams, num_stories)
+
+
+def _hash_trigrams(words: Sequence[str], ids: dict[str, int]) -> np.ndarray:
+    """A place in the filter for each trigram of the words, int64, (number of words - 2,)."""
+    known = np.array([ids.get(word, -1) for word in words], dtype=np.int64).astype(np.uint64)
+    base = np.uint64(0x9E3779B97F4A7C15)  # odd, for a polynomial hash modulo 2**64
+    hashes = ((known[:-2] * base + known[1:-1]) * base + known[2:]) * base
+    return (hashes >> np.uint64(64 - FILTER_BITS)).astype(np.int64)
 
 
 def is_name(tokens: Sequence[str], index: int) -> bool:
@@ -168,21 +195,44 @@ def closed_quotes(text: str, ended: bool = True) -> tuple[int, int]:
     return closed, total
 
 
-def measure(text: str, learned: Learned, ended: bool = True) -> dict[str, tuple[float, float]]:
+def unfinished(text: str, ended: bool = True) -> bool:
+    """Whether the story ends inside a sentence, unless it was cut off (ended: False), or a quote stays open."""
+    closed, quotes = closed_quotes(text, ended)
+    return closed < quotes or (ended and text.rstrip()[-1:] not in SENTENCE_ENDS)
+
+
+def names_change(tokens: Sequence[str], names: frozenset[str]) -> tuple[int, int]:
+    """1 of 1 if the second half of the story has a name that the first has not, or lost the first's commonest name.
+
+    0 of 0 if the story has no names.
+    """
+    mentions = [word if token[0].isupper() and (word := token.lower().removesuffix("'s")) in names else ""
+                for token in tokens]
+    half = len(tokens) // 2
+    first, second = (Counter(filter(None, part)) for part in (mentions[:half], mentions[half:]))
+    lost = bool(first) and first.most_common(1)[0][0] not in second
+    return int(lost or bool(set(second) - set(first))), int(bool(first or second))
+
+
+def measure(text: str, learned: Learned, ended: bool = True, prompt: str = "") -> dict[str, tuple[float, float]]:
     """Each metric of one story as (numerator, denominator). ended: false if the story was cut off.
 
-    articles: of all words. has_article: 1 of 1 if there is any. a_an: right ones. bare_nouns: of the learned nouns in
+    articles: of all words. a_an: right ones. bare_nouns: of the learned nouns in
     the story. words: of 1 story. ended: 1 of 1. repeated: 4-grams that occurred before. unknown: words that the
-    training text does not have. quotes: those that close.
+    training text does not have. unseen: trigrams that it does not have. unfinished, names: 1 of 1 at fault; for the
+    names alone the prompt counts as a part of the story.
     """
     tokens = split_words(text)
     words = [token.lower() for token in tokens if is_word(token)]
     articles = sum(word in ARTICLES for word in words)
-    return {"articles": (articles, len(words)), "has_article": (int(articles > 0), 1),
-            "a_an": right_a_an(tokens), "bare_nouns": bare_nouns(tokens, learned.nouns), "words": (len(words), 1),
-            "ended": (int(ended), 1), "repeated": repeated_4grams(words),
+    places = _hash_trigrams(words, learned.words)
+    return {"articles": (articles, len(words)), "a_an": right_a_an(tokens), "words": (len(words), 1),
+            "bare_nouns": bare_nouns(tokens, learned.nouns), "ended": (int(ended), 1),
+            "repeated": repeated_4grams(words),
             "unknown": (sum(word not in learned.words for word in words), len(words)),
-            "quotes": closed_quotes(text, ended)}
+            "unseen": (len(places) - int(learned.trigrams[places].sum()), len(places)),
+            "unfinished": (int(unfinished(text, ended)), 1),
+            "names": names_change([*split_words(prompt), *tokens], learned.names)}
 
 
 def distinct(texts: Sequence[str], n: int, num_words: int) -> tuple[int, int]:

@@ -22,7 +22,11 @@ EVIL = '<script>alert("a")</script> & the <b>end</b> 故事'
 
 def made_up_metrics(num_steps=300):
     chance = np.random.default_rng(0)
-    entries = [{"type": "plan", "step": 0, "plan": ["1 parameter", EVIL], "config": {"data": {"dataset": EVIL}}}]
+    entries = [{"type": "plan", "step": 0, "plan": ["1 parameter", EVIL], "machine": "an H100", "date": "2026-01-02",
+                "checks": {"training": [{"name": "e-mail addresses", "number": 1234, "example": EVIL},
+                                        {"name": "URLs", "number": 0, "example": ""}]},
+                "config": {"data": {"dataset": EVIL}, "model": {"max_seq_len": 50},
+                           "training": {"batch_size": 2, "gradient_accumulation_steps": 1}}}]
     for step in range(10, num_steps + 1, 10):
         entries.append({"type": "step", "step": step, "epoch": step / 100, "loss": 2 + 5 * math.exp(-step / 80),
                         "gradient_norm": float(chance.uniform(0.5, 2)), "learning_rate": 1e-3 * (1 - step / 400),
@@ -45,7 +49,9 @@ def write_metrics(folder, entries):
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     write_metrics(folder, made_up_metrics())
-    (folder / EVALUATION).write_text(json.dumps({"step": 300, "stories": [1, 2], "table": [
+    (folder / EVALUATION).write_text(json.dumps({"step": 300, "stories": [1, 2], "verdict": {
+        "fluent": False, "line": f"Not yet: {EVIL}"}, "checks": [
+            {"mark": "look", "name": "steps", "found": "5 of 9", "meaning": EVIL}], "table": [
         {"key": "articles", "title": "articles per 100 words", "model": 7.25, "reference": 9.5, "verdict": "few"},
         {"key": "quotes", "title": "quotes", "model": None, "reference": 99.0, "verdict": "-"}]}), encoding="utf-8")
     write_report(folder)
@@ -95,15 +101,44 @@ def table(page, name):
 
 def test_the_tables_hold_the_figures(page):
     entries = read_metrics(page[0] / "metrics.jsonl")
-    evaluations = [entry for entry in entries if entry["type"] == "evaluation"]
-    columns = [min(evaluations, key=lambda entry: entry["val_loss"]), evaluations[-1], entries[-1]]
+    columns = [[entry for entry in entries if entry["type"] == "evaluation"][-1], entries[-1]]
     heads, steps, *rows = table(page[1], "figures")
-    assert len(heads) == 4 and steps[1:] == [str(entry["step"]) for entry in columns]
+    assert heads == ["", "best and last evaluation", "whole validation split"]
+    assert steps[1:] == [str(entry["step"]) for entry in columns]
     assert [row[0] for row in rows] == [title for _, title in FIGURES]
     for (key, _), row in zip(FIGURES, rows, strict=True):
-        assert row[1:] == [f"{entry[key]:.4f}" for entry in columns]
+        assert [float(cell) for cell in row[1:]] == pytest.approx([entry[key] for entry in columns], abs=0.006)
     assert table(page[1], "verdicts")[1:] == [["articles per 100 words", "7.2", "9.5", "few"],
                                               ["quotes", "-", "99.0", "-"]]
+    assert table(page[1], "checks")[1:] == [["look", "steps", f"5 of 9: {EVIL}"]]
+    assert table(page[1], "data-training")[1:] == [["e-mail addresses", "1,234", EVIL], ["URLs", "0", ""]]
+
+
+def test_an_evaluation_that_is_best_but_not_last_has_its_own_column(tmp_path):
+    entries = made_up_metrics()
+    next(entry for entry in entries if entry["type"] == "evaluation" and entry["step"] == 100)["val_loss"] = 0.5
+    write_metrics(tmp_path, entries)
+    write_report(tmp_path)
+    heads, steps, losses, *_ = table((tmp_path / REPORT).read_text("utf-8"), "figures")
+    assert heads[1:3] == ["best evaluation", "last evaluation"] and steps[1:3] == ["100", "300"]
+    assert losses[1] == "0.500"
+
+
+def test_the_verdict_stands_first_and_then_the_run(page, tmp_path):
+    top = page[1][page[1].index("</h1>"):]
+    assert top.startswith(f'</h1>\n<p class="verdict bad">Not yet: {html.escape(EVIL)}.</p>')
+    assert "an H100" in top and "2026-01-02" in top and "0.0 M tokens" in top and " of training" in top
+    write_metrics(tmp_path, made_up_metrics())
+    write_report(tmp_path)
+    young = (tmp_path / REPORT).read_text("utf-8")
+    assert '<p class="verdict look">No verdict yet.' in young and "python evaluate.py --checkpoint" in young
+    assert young.index("No verdict yet") < young.index('id="figures"')
+
+
+def test_axes_have_units_and_say_that_they_are_logarithmic(page):
+    for words in ("nats per token, log scale", "norm before clipping, log scale", "tokens per second",
+                  "loss on articles"):
+        assert f">{words}</text>" in page[1], words
 
 
 def test_the_samples_are_a_time_line(page):
@@ -187,7 +222,7 @@ def test_training_draws_the_report_and_continues_without_it(tiny_config, tmp_pat
     assert [entry["type"] for entry in entries if entry["type"] != "step"] == [
         "plan", "early", "early", "evaluation", "final"]
     page = (folder / REPORT).read_text(encoding="utf-8")
-    assert f"{entries[-1]['val_loss']:.4f}" in page and "tokens a step" in page and "learning_rate: 0.003" in page
+    assert f"{entries[-1]['val_loss']:.3f}" in page and "tokens a step" in page and "learning_rate: 0.003" in page
     capsys.readouterr()
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it fails now
     assert start_run(tiny_config(*settings, "training.output_dir=run"), None, None) == 0
