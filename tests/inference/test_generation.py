@@ -604,6 +604,18 @@ def test_a_checkpoint_from_before_the_first_evaluation_says_so(folder, tmp_path,
     assert "epoch 2.50, not evaluated yet\n" in generated and "warning" not in generated and "inf" not in generated
 
 
+@pytest.mark.parametrize(("dataset", "warned"), [("tinystories", True), ("my_stories.txt", False)])
+def test_only_of_tinystories_is_it_known_which_loss_is_too_high(folder, tmp_path, monkeypatch, capsys, dataset, warned):
+    checkpoint = load_checkpoint(folder / "checkpoints" / "my run" / "best_model.pth")
+    content = {key: value for key, value in checkpoint.items() if key not in ("format", "digest")}
+    content["config"]["data"]["dataset"] = dataset
+    path = tmp_path / "best_model.pth"
+    save_checkpoint(path, content)
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--device", "cpu", "--checkpoint", str(path)])
+    generate.main(generate.parse_arguments())
+    assert ("above 2.0" in capsys.readouterr().err) == warned
+
+
 def test_a_full_disk_under_out_is_not_blamed_on_standard_output(tmp_path, monkeypatch):
     class Full(io.StringIO):
         def flush(self):
