@@ -4,11 +4,15 @@ A graph replays the same kernels on the same memory. So all that changes from st
 numbers of rows and of cache slots are fixed. There is a graph for each power of two of both, made when it is needed.
 """
 
+import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from config.wording import one_line
 from device import send
 from model import KVCache, cache_mask
 
@@ -44,7 +48,7 @@ class CapturedSteps:
     def __init__(self, step: Callable, model: torch.nn.Module, cache: KVCache, batch: tuple, compiled: bool) -> None:
         self.step, self.model, self.cache, self.batch = step, model, cache, batch
         self.compiled = torch.compile(step, dynamic=False) if compiled else None
-        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple, Any] = {}  # with a method replay()
 
     def run(self, steps: int, used: frozenset[str]) -> None:
         """Do a number of steps on the rows of the cache that are in use."""
@@ -61,22 +65,28 @@ class CapturedSteps:
         for _ in range(steps):
             self.graphs[key].replay()
 
-    def first_step(self, rows: int, slots: int, used: frozenset[str]) -> torch.cuda.CUDAGraph:
+    def first_step(self, rows: int, slots: int, used: frozenset[str]) -> Any:
         """Do a step without a graph, since capturing must find all kernels loaded. Returns the graph of the next ones.
 
         A step of all rows is compiled if that was asked for; the graphs of fewer rows serve only the end of a job.
+        Where capturing fails, what is returned does steps without a graph.
         """
         batch = self.batch.first(rows)
         arguments = self.model, StaticCache(self.cache, batch.lengths, slots), batch, used
-        step, earlier = self.step, next(iter(self.graphs.values()), None)
+        step, earlier = self.step, next((graph for graph in self.graphs.values() if hasattr(graph, "pool")), None)
         if self.compiled is not None and rows == len(self.batch.tokens):
             try:  # the only way to know whether a working compiler is installed
                 self.compiled(*arguments)
-                return capture(lambda: self.compiled(*arguments), earlier)
+                step = self.compiled
             except torch._dynamo.exc.TorchDynamoException:
                 self.compiled = None
-        step(*arguments)
-        return capture(lambda: step(*arguments), earlier)
+        if step is self.step:
+            step(*arguments)
+        try:  # drivers and other threads have a say in it
+            return capture(lambda: step(*arguments), earlier)
+        except RuntimeError as error:
+            warnings.warn(f"generating is slower here, without CUDA graphs: {one_line(error)}", stacklevel=2)
+            return SimpleNamespace(replay=lambda: step(*arguments))
 
 
 def power_of_two(number: int, fewest: int, most: int) -> int:
@@ -88,7 +98,9 @@ def capture(step: Callable[[], None], earlier: torch.cuda.CUDAGraph | None) -> t
     """Record a step in a CUDA graph, without computing it. earlier: a graph whose memory it shares; two never run at
     once."""
     graph = torch.cuda.CUDAGraph()
-    # other threads may use the GPU meanwhile, such as one that saves a checkpoint
-    with torch.cuda.graph(graph, pool=earlier.pool() if earlier else None, capture_error_mode="thread_local"):
+    # the outer context returns to this stream if capturing fails; other threads may use the GPU meanwhile, such as one
+    # that saves a checkpoint
+    with (torch.cuda.stream(torch.cuda.current_stream()),
+          torch.cuda.graph(graph, pool=earlier.pool() if earlier else None, capture_error_mode="thread_local")):
         step()
     return graph

@@ -254,6 +254,25 @@ def test_replayed_rows_give_their_place_to_waiting_prompts(gpu, monkeypatch, com
     assert set(compiled) == ({6} if compiler == "works" else set())
 
 
+def test_where_no_graph_can_be_captured_the_stories_are_the_same(gpu, monkeypatch):
+    def refuse(step, earlier):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(captured_steps, "capture", refuse)
+    config = tiny()
+    sampling = replace(config.sampling, max_new_tokens=40, top_p=1.0)
+
+    def generate_on(device):
+        torch.manual_seed(0)
+        model = pack(Transformer(config.model).to(device), "float32")
+        rows = flat([list(running) for running in generate_tokens(model, [[0], [0, 5]], [1, 2], 0, 100, sampling)])
+        return {row.index: row.new for row in rows}
+
+    here = generate_on(CPU)
+    with gpu, pytest.warns(UserWarning, match="without CUDA graphs: .* not permitted when stream is capturing"):
+        assert generate_on(GPU) == here
+
+
 def test_a_replayed_step_speaks_with_the_weights_of_the_last_training_step(gpu):
     config = tiny()
     sampling = replace(config.sampling, temperature=0.0, max_new_tokens=30)
