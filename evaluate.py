@@ -90,7 +90,9 @@ def main(args: argparse.Namespace) -> None:
     path = args.checkpoint or newest_checkpoint()
     config = config_from_dict(load_checkpoint(path)["config"], str(path), args.overrides)
     result = evaluate_checkpoint(config, path, print, args.data, args.num_stories)
-    if args.judge and "stories" in result:
+    if args.judge and "stories" not in result:
+        raise UserError("--judge: there are no stories to mark, as the note above says")
+    if args.judge:
         judge, count = Judge(args.judge, args.judge_url), args.judge_stories
         print()
         result["judge"] = judge_stories(judge, result["stories"][:count], result["references"][:count],

@@ -284,8 +284,8 @@ def prepare_device(run: Run, validation: TokenFile, total_steps: int) -> Callabl
             probe_batch(run, forward, size)
 
     run.config = choose_batch_size(run.config, run.model, run.device, run.distributed, bf16, probe)
-    training, on_gpu = run.config.training, run.device.type == "cuda"
-    memory = estimate_memory(run.model, training.batch_size, bf16, on_gpu and training.use_compile is not False)
+    training = run.config.training
+    memory = estimate_memory(run.model, training.batch_size, bf16, training.use_compile)
     plan = [f"{count_parameters(run.model):,} parameters, {flops / 1e6:.1f} MFLOP per training token, about "
             f"{format_bytes(memory)} of memory",
             f"{per_step * seq_len:,} tokens a step ({counted(training.batch_size, 'sequence')} of {seq_len}"

@@ -117,7 +117,7 @@ class DataConfig:
     template: str | None = None  # makes a text of several fields, such as "Q: {question}\nA: {answer}"
     max_stories: Positive | None = None  # train on only the first of them; null: all (sample: 20,000)
     clean: bool = True  # repair encodings, leave out texts that are empty, cut off or damaged
-    deduplicate: bool = False  # leave out exact duplicates and, from training, what stands in validation
+    deduplicate: bool = False  # leave out exact duplicates and, from training, what is in validation
     check_quality: bool = False  # look at stories before training and print what is wrong with them
     quality_sample_size: Count = 10_000  # how many stories are searched for faults; 0: all
     quality_strict: bool = False  # end the run if check_quality finds a fault

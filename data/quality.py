@@ -89,7 +89,7 @@ class StoryChecks:
         for story in self.sample:
             self.search(story)
         found, of = self.found, len(self.stories.validation_hashes)
-        overlap = (f"of {of:,} validation stories stand in this split as well"
+        overlap = (f"of {of:,} validation stories are in this split as well"
                    + (NOTED if found[OVERLAP] > MAX_OVERLAP * of else ""))
         rows = [("searched for the next five", self.searched, ""),
                 *((name, found[name], found.examples.get(name, ""))
@@ -121,6 +121,6 @@ def check_quality(data: DataConfig) -> str:
     description = (f"{counted(stories.counts['stories'], 'good story')} looked at in {stories.name}; faults: "
                    + (found or "none"))
     if found and data.quality_strict:
-        raise UserError(f"quality: {description}. data.quality_strict is true, so training does not start: mend the "
+        raise UserError(f"quality: {description}. data.quality_strict is true, so training does not start: repair the "
                         "stories, or set it to false")
     return description

@@ -23,7 +23,7 @@ LONG_ENOUGH = 2_000  # characters of a single document whose end can be held out
 LEFT_OUT = {  # why a text is not in this split
     "empty": "empty or null", "unreadable": "with lost characters", "cut_off":
     f"cut off (under {SHORT} characters, without an end mark; data.clean: false keeps them)",
-    "duplicate": "exact duplicates", "in_validation": "that stand in validation", "held_out": ""}
+    "duplicate": "exact duplicates", "in_validation": "that are in validation", "held_out": ""}
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Stories:
         return set(map(hash, self._open_validation())) if self._open_validation else set()
 
     def _distinct(self, stories: Iterator[str], counts: Counts) -> Iterator[str]:
-        """The stories without exact duplicates and, in training, without those that stand in validation."""
+        """The stories without exact duplicates and, in training, without those that are in validation."""
         seen: set[int] = set()  # hashes of 8 bytes: a false duplicate in ten million passes over TinyStories
         for story in stories:
             key = hash(story)

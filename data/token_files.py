@@ -92,7 +92,7 @@ def describe_tokens(counts: dict[str, int]) -> str:
     line = f"{stories}, {counts['tokens']:,} tokens, {counts['bytes'] / tokens:.2f} bytes per token"
     if not has_english(counts):
         return line
-    return f"{line}, articles {100 * counts['article_tokens'] / tokens:.1f}% of tokens (5-9% is healthy)"
+    return f"{line}, articles {100 * counts['article_tokens'] / tokens:.1f}% of tokens"
 
 
 def has_english(counts: dict[str, int]) -> bool:

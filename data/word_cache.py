@@ -92,7 +92,7 @@ def encode_chunks(tokenizer: Tokenizer, dtype: np.dtype, separator: bytes, chunk
         encode = make_encoder(tokenizer, dtype)
         yield from ((b"".join(separator + ids for ids in encode(chunk)), number) for chunk, number in chunks)
         return
-    # spawn, which works on all systems: each process imports the script anew, which takes seconds
+    # spawn, which works on all systems: each process imports the script again, which takes seconds
     pool, pending = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process, (
         tokenizer.to_str(), tokenizer.encode_special_tokens, dtype, separator)), deque()
     try:

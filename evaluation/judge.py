@@ -79,11 +79,12 @@ class Judge:
     def ask(self, text: str) -> str:
         """The judge's answer to a prompt."""
         more = {} if self.temperature is None else {"temperature": self.temperature}
-        answer = self.client.chat.completions.create(
-            model=self.model, messages=[{"role": "user", "content": text}], **more)
-        if not answer.choices:
-            raise BadAnswer("an empty answer")
-        return answer.choices[0].message.content or ""
+        try:
+            answer = self.client.chat.completions.create(
+                model=self.model, messages=[{"role": "user", "content": text}], **more)
+            return answer.choices[0].message.content or ""
+        except (AttributeError, IndexError, TypeError, ValueError):  # a web page, say, or another protocol's JSON
+            raise BadAnswer("not an answer of the chat protocol") from None
 
     def explain(self, error: Exception, what: str, quote: bool = True) -> UserError:
         """One line without the key, which an endpoint may quote in part: then quote is False."""

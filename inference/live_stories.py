@@ -21,7 +21,7 @@ from model import Transformer
 
 ROWS = 64  # stories generated at once
 WAITING = 64  # stories that wait for a row; further ones are refused
-ALTERNATIVES = 5  # of each token, how many of the likeliest are told
+ALTERNATIVES = 5  # of each token, how many of the likeliest are sent
 STEPS, PACE = 16, 0.2  # tokens, and seconds, after which the new tokens are sent at the latest
 encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps() would make an encoder each time
 Event = dict[str, Any]  # of a token, or of the story's end: this one has a "reason"
@@ -33,7 +33,7 @@ class LiveStory:
     def __init__(self, row: Continuation, text: GrowingText) -> None:
         self.row, self.text = row, text
         self.events: asyncio.Queue[list[Event]] = asyncio.Queue()  # at most max_new_tokens + 1 of them
-        self.told, self.cancelled = 0, False  # told: how many of the row's tokens have had their event
+        self.sent, self.cancelled = 0, False  # sent: how many of the row's tokens have had their event
 
 
 class LiveStories(threading.Thread):
@@ -118,18 +118,18 @@ class LiveStories(threading.Thread):
     def _news(self, story: LiveStory) -> list[Event]:
         """The events of a story's new tokens; of its end, too. A stop text ends the story."""
         row, text, events = story.row, story.text, []
-        while story.told < len(row.new) and not text.stopped:
-            token, number = row.new[story.told], story.told
+        while story.sent < len(row.new) and not text.stopped:
+            token, number = row.new[story.sent], story.sent
             likeliest = [{"text": text.peek(other), "id": other, "probability": round(math.exp(log), 6)}
                          for other, log in row.alternatives[number]]
             events.append({"text": text.add([token]), "id": token, "likeliest": likeliest,
                            "log_probability": round(row.log_probabilities[number], 6)})
-            story.told += 1
+            story.sent += 1
         row.done = row.done or text.stopped
         if row.done:
             reason = "stop" if text.stopped else "end" if row.new[-1] == self.end else "max_new_tokens"
-            events.append({"reason": reason, "text": text.add([], last=True), "tokens": story.told,
-                           "log_probability": round(sum(row.log_probabilities[:story.told]), 6)})
+            events.append({"reason": reason, "text": text.add([], last=True), "tokens": story.sent,
+                           "log_probability": round(sum(row.log_probabilities[:story.sent]), 6)})
         return events
 
     def _deliver(self, make_news: Callable[[], list[tuple[LiveStory, list[Event]]]]) -> None:

@@ -14,17 +14,17 @@ from training.distributed import DistributedContext
 CPU_BATCH_TOKENS = 4096  # in a micro-batch: enough to keep a CPU busy
 
 
-def estimate_memory(model: Transformer, batch_size: int, bf16: bool, compiled: bool = False) -> float:
+def estimate_memory(model: Transformer, batch_size: int, bf16: bool, use_compile: bool | str = "auto") -> float:
     """Estimate the bytes that training takes: weights, gradients, two Adam moments, and a micro-batch's activations.
 
-    compiled: on a GPU, where torch.compile fuses operations, so that less is kept between them.
+    On a GPU, torch.compile fuses operations, so that less is kept between them.
     """
-    m, width = model.config, 2 if bf16 else 4
+    m, width, device = model.config, 2 if bf16 else 4, model.output.weight.device.type
     kept_by_layer = m.d_model * (8 * width + 18) + m.d_ffn * 4 * width  # per token
     logits = m.vocab_size * (width + 4 + 4 + 4)  # logits, their float32 copy, their log-softmax, their gradient
-    if compiled:  # two shapes measured on an H200, see tests/training/test_batch_size.py
+    if use_compile and device not in ("cpu", "mps"):  # measured on an H200, see tests/training/test_batch_size.py
         kept_by_layer, logits = m.d_model * (6 * width + 10) + m.d_ffn * 2 * width, m.vocab_size * 2 * width
-    if model.output.weight.device.type == "cpu":
+    if device == "cpu":
         kept_by_layer += m.n_heads * m.max_seq_len * width / 2  # the attention weights, half of which are masked
     if model.gradient_checkpointing:
         layers = m.n_layers * 4 * m.d_model + kept_by_layer
@@ -44,7 +44,6 @@ def choose_batch_size(config: Config, model: Transformer, device: torch.device, 
     if config.training.batch_size != "auto":
         return config
     per_process, limit = config.sequences_per_step // distributed.world_size, math.inf
-    compiled = device.type == "cuda" and config.training.use_compile is not False
     if device.type == "cuda":
         limit = torch.cuda.mem_get_info(device)[0]
     elif device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
@@ -56,7 +55,7 @@ def choose_batch_size(config: Config, model: Transformer, device: torch.device, 
         too_large_for_cpu = device.type == "cpu" and size > max(1, CPU_BATCH_TOKENS // config.model.max_seq_len)
         if per_process % size or too_large_for_cpu:
             continue
-        failed = size > 1 and estimate_memory(model, size, bf16, compiled) > limit
+        failed = size > 1 and estimate_memory(model, size, bf16, config.training.use_compile) > limit
         if distributed.any_process(failed):
             continue
         try:

@@ -110,7 +110,7 @@ def test_a_token_file_says_what_its_stories_are_like(build):
     damaged = ["", "It was cut", "â€œHiâ€\u009d said the cat. " + GOOD, "A short one.", "Café. " + GOOD, GOOD * 101]
     checks = checks_of(build([*texts, *damaged, texts[3], texts[3], texts[5]], [texts[3], texts[7], "Other. " + GOOD]))
     assert checks[DUPLICATE] == (3, texts[3][:59])
-    assert checks["of 3 validation stories stand in this split as well (more than 0.1%)"] == (2, texts[3][:59])
+    assert checks["of 3 validation stories are in this split as well (more than 0.1%)"] == (2, texts[3][:59])
     assert checks[SHORT] == (1, "A short one.") and checks[LONG][0] == 1
     assert checks[NOT_ASCII][0] == 2 and "Café" not in checks[NOT_ASCII][1] and "“Hi”" in checks[NOT_ASCII][1]
     assert checks["characters in the shortest"] == (12, "A short one.")
@@ -132,10 +132,10 @@ def test_stories_that_stand_in_both_splits_are_a_note_above_a_thousandth(build, 
     for both, noted in ((2, False), (3, True)):
         for _ in range(2):  # built, and reused
             build([*validation[:both], validation[0], "Other. " + GOOD], validation)
-            note = f"note: train: {both} of 2,000 validation stories stand in this split as well (more than 0.1%): "
+            note = f"note: train: {both} of 2,000 validation stories are in this split as well (more than 0.1%): "
             assert (note in capsys.readouterr().out) == noted
     build(validation, validation[:3], "validation")
-    assert "stand in" not in capsys.readouterr().out
+    assert "in this split as well" not in capsys.readouterr().out
 
 
 def test_check_quality_prints_what_was_found_while_the_file_is_built(build, capsys):

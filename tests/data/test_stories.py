@@ -431,16 +431,16 @@ def test_deduplicate_leaves_out_duplicates_and_from_training_what_stands_in_vali
     write_txt(tmp_path / "train.txt", ["One.", "Two.", "One.", "Three.", "Two.", "Four.", "one."])
     write_txt(tmp_path / "valid.txt", ["Three.", "Five.", "Five."])
     train, validation = (open_stories(data(deduplicate=True, clean=False), split) for split in ("train", "validation"))
-    for _ in range(2):  # each iteration starts anew
+    for _ in range(2):  # each iteration is a new one
         assert list(train) == ["One.", "Two.", "Four.", "one."] and list(validation) == ["Three.", "Five."]
     assert (train.counts["duplicate"], train.counts["in_validation"]) == (2, 1)
     assert validation.counts["duplicate"] == 1 and not validation.counts["in_validation"]
     noted = describe_counts(train.counts, train.counts.examples)
-    assert noted == "left out: 2 exact duplicates, such as 'One.'; 1 that stand in validation, such as 'Three.'"
+    assert noted == "left out: 2 exact duplicates, such as 'One.'; 1 that are in validation, such as 'Three.'"
     assert list(open_stories(data(deduplicate=True, clean=False, max_stories=3), "train")) == ["One.", "Two.", "Four."]
     assert len(list(open_stories(data(clean=False), "train"))) == 7
     write_txt(tmp_path / "train.txt", ["Three.", "Five."])
-    with pytest.raises(UserError, match=r"no story in it .*2 that stand in validation"):
+    with pytest.raises(UserError, match=r"no story in it .*2 that are in validation"):
         list(open_stories(data(deduplicate=True, clean=False), "train"))
 
 

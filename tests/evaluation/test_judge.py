@@ -34,7 +34,7 @@ def endpoint():
                 server.released.wait(20)
                 return
             status, content, headers = answer
-            data = json.dumps(content).encode("utf-8")
+            data = (content if isinstance(content, str) else json.dumps(content)).encode("utf-8")
             self.send_response(status)
             headers = {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}
             for name, value in headers.items():
@@ -105,6 +105,16 @@ def test_an_answer_without_marks_is_asked_for_again(endpoint, make_judge, answer
     with pytest.raises(judging.BadAnswer):
         judge.mark("a", "b")
     assert len(endpoint.requests) == 3 + TRIES
+
+
+@pytest.mark.parametrize(("content", "kind"), [
+    ("<html>Log in</html>", "text/html"), ("no JSON", "application/json"), ("{}", "application/json"),
+    ("[]", "application/json"), ('{"choices": []}', "application/json"), ('{"choices": [{}]}', "application/json"),
+    ('{"choices": [{"message": null}]}', "application/json"), ('"text"', "application/json")])
+def test_an_address_that_speaks_another_protocol_is_no_traceback(endpoint, make_judge, content, kind):
+    endpoint.answer = lambda body, number: (200, content, {"Content-Type": kind})
+    with pytest.raises(judging.BadAnswer):
+        make_judge().mark("a", "b")
 
 
 def test_an_unknown_age_is_left_out():

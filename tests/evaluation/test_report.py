@@ -119,7 +119,7 @@ def test_an_evaluation_that_is_best_but_not_last_has_its_own_column(tmp_path):
     next(entry for entry in entries if entry["type"] == "evaluation" and entry["step"] == 100)["val_loss"] = 0.5
     write_metrics(tmp_path, entries)
     write_report(tmp_path)
-    heads, steps, losses, *_ = table((tmp_path / REPORT).read_text("utf-8"), "figures")
+    heads, steps, losses, *_ = table((tmp_path / REPORT).read_text(encoding="utf-8"), "figures")
     assert heads[1:3] == ["best evaluation", "last evaluation"] and steps[1:3] == ["100", "300"]
     assert losses[1] == "0.500"
 
@@ -130,7 +130,7 @@ def test_the_verdict_stands_first_and_then_the_run(page, tmp_path):
     assert "an H100" in top and "2026-01-02" in top and "0.0 M tokens" in top and " of training" in top
     write_metrics(tmp_path, made_up_metrics())
     write_report(tmp_path)
-    young = (tmp_path / REPORT).read_text("utf-8")
+    young = (tmp_path / REPORT).read_text(encoding="utf-8")
     assert '<p class="verdict look">No verdict yet.' in young and "python evaluate.py --checkpoint" in young
     assert young.index("No verdict yet") < young.index('id="figures"')
 
@@ -156,7 +156,8 @@ def test_the_stories_of_the_first_steps_come_before_those_of_the_evaluations(tmp
     early = [{"type": "early", "step": step, "epoch": 0.0, "samples": [f"Once {step} <b>"]} for step in (1, 10)]
     write_metrics(tmp_path, [*early, *made_up_metrics()])
     write_report(tmp_path)
-    moments = re.findall(r'<section class="moment">(.*?)</section>', (tmp_path / REPORT).read_text("utf-8"), re.S)
+    text = (tmp_path / REPORT).read_text(encoding="utf-8")
+    moments = re.findall(r'<section class="moment">(.*?)</section>', text, re.S)
     assert [re.search(r"step (\d+)", moment)[1] for moment in moments[:3]] == ["1", "10", "50"]
     assert '<div class="story">Once 10 &lt;b&gt;</div>' in moments[1] and "loss" not in moments[1]
 

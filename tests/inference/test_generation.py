@@ -294,7 +294,7 @@ def run_until_empty(engine: Engine, watch=lambda rows: None) -> dict[int, Contin
 
 
 def test_free_rows_are_taken_by_waiting_prompts_with_settings_of_their_own(model):
-    """Each story is the one that it would be alone, whoever ran beside it."""
+    """Each story is the one that it would be alone, whatever ran beside it."""
     settings = [FREE, GREEDY, SamplingConfig(temperature=0.9, top_k=9, repetition_penalty=1.4, max_new_tokens=55)]
     jobs = [(i, [token % 49 for token in PROMPTS[i % 6]], i, settings[i % 3]) for i in range(20)]
     busy = []
@@ -342,7 +342,7 @@ def test_alternatives_are_the_likeliest_tokens_with_the_models_own_log_probabili
 
 
 def test_packed_weights_are_refreshed(model):
-    """A model that goes on training speaks with its new weights through the same packed model and the same engine."""
+    """A model in training uses its new weights through the same packed model and the same engine."""
     model = copy.deepcopy(model)
     for compute in ("float32", "bf16", "int8"):
         packed = pack(model, compute)

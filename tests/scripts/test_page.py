@@ -120,7 +120,7 @@ def test_an_alternative_is_taken_and_the_story_goes_on_from_there(page, service)
     ids = service.prompt({"prompt": "Tom"})[1:] + [token["id"] for token in tokens[:4]]
     with page.expect_request("**/generate") as request:
         taken.click()
-    *before_it, other = request.value.post_data_json["tokens"]  # so that the story goes on exactly
+    *before_it, other = request.value.post_data_json["tokens"]  # so that the story continues exactly
     assert before_it == ids and other in {likely["id"] for likely in tokens[4]["likeliest"]} - {tokens[4]["id"]}
     ended(page)
     after = page.locator(".token").all_text_contents()
@@ -142,12 +142,12 @@ def test_an_alternative_is_taken_and_the_story_goes_on_from_there(page, service)
 def test_edit_and_go_on_copy_and_save(page):
     write(page)
     first = story(page)
-    page.click("text=Go on from here")
+    page.click("text=Continue from here")
     ended(page)
     assert story(page).startswith(first) and page.locator(".token").count() == 24
     page.click("text=Edit")
     page.fill("article textarea", "Tom saw a <b>fox</b>.")
-    page.click("text=Go on from here")
+    page.click("text=Continue from here")
     ended(page)
     edited = story(page)
     assert edited.startswith("Tom saw a <b>fox</b>.") and page.locator(".token").count() == 12
@@ -222,7 +222,7 @@ def test_every_control_has_a_name_and_the_story_is_spoken(page):
     assert page.locator("#say p").last.text_content().endswith("%")
 
 
-def test_a_wrong_setting_is_told_on_the_page(browser, service):
+def test_a_wrong_setting_is_named_on_the_page_until_it_is_right(browser, service):
     """The browser prints the status 400 to its console, so this page is not the one that may print nothing."""
     with browser.new_context() as context:
         page = context.new_page()
@@ -236,3 +236,4 @@ def test_a_wrong_setting_is_told_on_the_page(browser, service):
         page.fill("#max_new_tokens", "5")
         page.click("#write")
         ended(page)
+        assert page.locator(".token").count() == 5 and not page.locator("small.bad:visible").count()
