@@ -37,24 +37,30 @@ BASE = "base"
 TURNS, TURN_SECONDS = 5, 3.0  # in which the speed is measured
 VARIANTS = {  # title: settings. A step is 2,048 tokens in all of them but those of the batch
     BASE: (),
+    "AdamW, 4e-3, no story mask": ("optimizer.type=adamw", "optimizer.learning_rate=4e-3", "scheduler.min_lr=2e-4",
+                                   "optimizer.muon_learning_rate=null", "model.mask_stories=false"),
+    "no story mask": ("model.mask_stories=false",),
+    "half the rates": ("optimizer.learning_rate=8e-3", "optimizer.muon_learning_rate=3e-3", "scheduler.min_lr=8e-4"),
+    "twice the rates": ("optimizer.learning_rate=3.2e-2", "optimizer.muon_learning_rate=1.2e-2",
+                        "scheduler.min_lr=3.2e-3"),
+    "half of Muon's rate": ("optimizer.muon_learning_rate=3e-3",),
+    "twice Muon's rate": ("optimizer.muon_learning_rate=1.2e-2",),
+    "linear to 0": ("scheduler.type=linear", "scheduler.min_lr=0"),
+    "no weight decay": ("optimizer.weight_decay=0",),
+    "weight decay 0.3": ("optimizer.weight_decay=0.3",),
+    "steps of 1,024 tokens": ("training.batch_size=4",),
+    "steps of 4,096 tokens": ("training.batch_size=16",),
     "wider: 2 layers of 256": ("model.d_model=256", "model.n_layers=2", "model.n_heads=8", "model.d_ffn=688"),
     "deeper: 8 layers of 128": ("model.d_model=128", "model.n_layers=8", "model.n_heads=4", "model.d_ffn=344"),
     "smaller: 5 layers of 96": ("model.d_model=96", "model.n_heads=3", "model.d_ffn=256"),
     "larger: 5 layers of 256": ("model.d_model=256", "model.n_heads=8", "model.d_ffn=688"),
     "vocabulary 2,000": ("model.vocab_size=2000",),
-    "vocabulary 4,000": ("model.vocab_size=4000",),
+    "vocabulary 8,000": ("model.vocab_size=8000",),
     "context 128": ("model.max_seq_len=128", "training.batch_size=16"),
     "context 512": ("model.max_seq_len=512", "training.batch_size=4"),
     "dropout 0.1": ("model.dropout=0.1",),
     "half of each head rotated": ("model.rope_percentage=0.5",),
     "tied embeddings": ("model.tie_embeddings=true",),
-    "steps of 4,096 tokens": ("training.batch_size=16",),
-    "steps of 1,024 tokens": ("training.batch_size=4",),
-    "learning rate 4e-3": ("optimizer.learning_rate=4e-3",),
-    "vocabulary 4,000, learning rate 4e-3": ("model.vocab_size=4000", "optimizer.learning_rate=4e-3"),
-    "vocabulary 4,000, learning rate 8e-3": ("model.vocab_size=4000", "optimizer.learning_rate=8e-3"),
-    "vocabulary 4,000, learning rate 4e-3, steps of 1,024 tokens": (
-        "model.vocab_size=4000", "optimizer.learning_rate=4e-3", "training.batch_size=4"),
 }
 
 
@@ -85,19 +91,25 @@ def measure_speeds(configs: dict[str, Config], path: Path) -> dict[str, float]:
     known = read_result(path) if path.exists() else {}
     missing = {shape: config for config in configs.values() if (shape := shape_of(config)) not in known}
     steps = {shape: make_step(config) for shape, config in tqdm(missing.items(), desc="compile", unit="variant")}
-    times = {shape: [] for shape in missing}
-    for _ in tqdm(range(TURNS if missing else 0), desc="speed", unit="turn"):
-        for shape, step in steps.items():
-            step()  # untimed, since the other variants have filled the processor's caches
-            start = time.perf_counter()
-            while not times[shape] or time.perf_counter() - start < TURN_SECONDS:
-                before = time.perf_counter()
-                step()
-                times[shape].append(time.perf_counter() - before)
+    seconds = time_in_turns(steps)
     for shape, config in missing.items():
-        known[shape] = config.sequences_per_step * config.model.max_seq_len / statistics.median(times[shape])
+        known[shape] = config.sequences_per_step * config.model.max_seq_len / seconds[shape]
     write_result(path, known)
     return {title: known[shape_of(config)] for title, config in configs.items()}
+
+
+def time_in_turns(steps: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """The median seconds of each step, all of which take turns, so that a busy while of the machine meets all."""
+    times = {title: [] for title in steps}
+    for _ in tqdm(range(TURNS if steps else 0), desc="speed", unit="turn"):
+        for title, step in steps.items():
+            step()  # untimed, since the other variants have filled the processor's caches
+            start = time.perf_counter()
+            while not times[title] or time.perf_counter() - start < TURN_SECONDS:
+                before = time.perf_counter()
+                step()
+                times[title].append(time.perf_counter() - before)
+    return {title: statistics.median(of) for title, of in times.items()}
 
 
 def shape_of(config: Config) -> str:

@@ -46,6 +46,7 @@ from torch.nn.attention import flex_attention as flex  # noqa: E402
 import model as model_module  # noqa: E402
 import train  # noqa: E402
 from config import Config, load_config  # noqa: E402
+from data.batches import IGNORED  # noqa: E402
 from data.token_files import TokenFile  # noqa: E402
 from device import choose_device, compiler_options, keep_freed_memory, peak_flops  # noqa: E402
 from model import Transformer, count_parameters, flops_per_token  # noqa: E402
@@ -208,14 +209,20 @@ class JoinedLoss(Transformer):
 
 
 class Peer(nn.Module):
-    """A model of another repository, whose forward() then returns the loss as ours does."""
+    """A model of another repository, whose forward() then returns the loss as ours does.
 
-    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor]) -> None:
+    outputs: from the model and what its forward() returns to the logits and the mean loss.
+    """
+
+    def __init__(self, model: nn.Module, outputs: Callable[[nn.Module, Any], tuple[Tensor, Tensor]]) -> None:
         super().__init__()
-        self.model, self.loss = model, loss
+        self.model, self.outputs = model, outputs
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return self.loss(self.model, self.model(tokens, targets))
+    def forward(self, tokens: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        logits, loss = self.outputs(self.model, self.model(tokens, targets.clamp(min=0)))
+        if reduction == "mean":
+            return loss
+        return F.cross_entropy(logits.float().mT, targets, ignore_index=IGNORED, reduction=reduction)
 
 
 def peers(folder: Path, config: Config) -> dict[str, Callable[[], nn.Module]]:
@@ -233,13 +240,13 @@ def peers(folder: Path, config: Config) -> dict[str, Callable[[], nn.Module]]:
         return Peer(theirs.Transformer(theirs.ModelArgs(
             dim=m.d_model, n_layers=m.n_layers, n_heads=m.n_heads, n_kv_heads=m.kv_heads, vocab_size=m.vocab_size,
             hidden_dim=m.d_ffn, multiple_of=32, max_seq_len=m.max_seq_len, dropout=0.0)),
-            lambda model, out: model.last_loss)
+            lambda model, out: (out, model.last_loss))
 
     def nano_gpt() -> nn.Module:
         theirs = module_of("nanoGPT")
         return Peer(theirs.GPT(theirs.GPTConfig(
             block_size=m.max_seq_len, vocab_size=m.vocab_size, n_layer=m.n_layers, n_head=m.n_heads, n_embd=m.d_model,
-            dropout=0.0, bias=False)), lambda model, out: out[1])
+            dropout=0.0, bias=False)), lambda model, out: out)
 
     return {name: make for name, make in {"llama2.c": llama2_c, "nanoGPT": nano_gpt}.items()
             if (folder / name / "model.py").exists()}

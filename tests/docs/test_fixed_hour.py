@@ -67,7 +67,7 @@ def test_each_variant_trains_for_the_same_time_and_only_once(run, tmp_path, monk
     assert run() == 0
     assert (tmp_path / "out" / "results.md").read_text(encoding="utf-8") == table
     with pytest.raises(AssertionError):
-        run("--set", "optimizer.learning_rate=1e-3")
+        run("--set", "optimizer.learning_rate=2e-3")
 
 
 def test_a_stopped_run_resumes_where_it_was(run, tmp_path, monkeypatch, capsys):
@@ -120,7 +120,7 @@ def test_speeds_are_measured_once_for_each_shape(tmp_path, monkeypatch):
 
     measured = measure()
     assert all(speed > 0 for speed in measured.values()) and len(timed) == 2
-    assert measure("optimizer.learning_rate=1e-3", "training.seed=7") == measured and len(timed) == 2
+    assert measure("optimizer.learning_rate=2e-3", "training.seed=7") == measured and len(timed) == 2
     assert measure("model.d_ffn=128") != measured and len(timed) == 4
 
 
