@@ -179,7 +179,8 @@ def train_step(run: Run, forward: Callable, total_steps: int) -> None:
     not_finite = (~norm.isfinite()).float()
     run.found_inf = not_finite if run.found_inf is None else torch.maximum(run.found_inf, not_finite)
     run.optimizer.found_inf = run.found_inf
-    run.optimizer.step()
+    with run.precision():
+        run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.iter_num += 1
     run.pending.append((run.iter_num, run.position, loss, norm))

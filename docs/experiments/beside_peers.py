@@ -83,7 +83,8 @@ class Training:
         loss = accumulate_gradients(self.forward, self.precision, [
             self.batch(start) for start in range(first, first + self.config.sequences_per_step, per_step)])
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
-        self.optimizer.step()
+        with self.precision():
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
         return loss.item()

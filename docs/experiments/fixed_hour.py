@@ -80,7 +80,8 @@ def make_step(config: Config) -> Callable[[], None]:
     def step() -> None:
         loss = accumulate_gradients(forward, precision, [batch] * config.training.gradient_accumulation_steps)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
-        optimizer.step()
+        with precision():
+            optimizer.step()
         optimizer.zero_grad()
         loss.item()
     return step

@@ -27,7 +27,7 @@ from model import Transformer
 from train import Run, accumulate_gradients, start_run, train_step
 from training.checkpoints import LATEST, load_checkpoint
 from training.non_finite import find_non_finite
-from training.optimizer import make_optimizer
+from training.optimizer import make_optimizer, orthogonalize
 from training.schedule import learning_rate, schedule_notes
 from training.terminal import wrapped
 
@@ -154,6 +154,8 @@ def test_the_steps_are_torchs_own_with_clipping(tiny_config, optimizer):
         torch.manual_seed(5)
         models.append(Transformer(config.model))
     run = Run(config, None, models[0], make_optimizer(models[0], config), CPU, token_file(tokens))
+    if optimizer == "muon":  # torch's own always computes in bf16
+        run.optimizer.step = torch.autocast("cpu", dtype=torch.bfloat16)(run.optimizer.step)
     hidden = [p for p in models[1].layers.parameters() if p.dim() == 2 and optimizer == "muon"]
     rest = [p for p in models[1].parameters() if all(p is not matrix for matrix in hidden)]
     theirs = [torch.optim.AdamW([{"params": [p], "weight_decay": 0.3 if p.dim() == 2 else 0.0} for p in rest],
@@ -173,6 +175,22 @@ def test_the_steps_are_torchs_own_with_clipping(tiny_config, optimizer):
     assert run.position == 16 and run.iter_num == 2
     for found, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(found, expected, atol=4e-5, rtol=0)  # of updates of 1.8e-3
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 40), (2, 40, 24), (1, 16, 16)])
+def test_muon_keeps_the_singular_vectors_and_evens_out_the_singular_values(shape):
+    """By torch's singular value decomposition in float64. Without autocast in float32, for a CPU without fast bf16."""
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+    values = values / values.norm(dim=1, keepdim=True)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    expected = (left * values[:, None]) @ right
+    found = orthogonalize(matrices.float())
+    torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = orthogonalize(matrices.float())
+    assert rounded.dtype == torch.bfloat16 and 1e-4 < (rounded - expected).abs().max() < 0.1
 
 
 def test_another_optimizer_than_the_checkpoints_is_one_line(tiny_config, tmp_path):
