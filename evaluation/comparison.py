@@ -11,14 +11,14 @@ from evaluation.memorization import longest_runs
 from evaluation.references import Passage
 from evaluation.text_metrics import Learned, distinct, measure
 from evaluation.verdict import ENGLISH as ENGLISH_FAULTS
-from evaluation.verdict import Finding
+from evaluation.verdict import FAULTS, Finding
 
 
 class Row(NamedTuple):
     """A row of the table.
 
     tolerance: differences up to this size are ignored; in the row's unit, or relative to the reference.
-    low, high: what a lower or a higher figure of the model means; "" where it is not a fault.
+    low, high: what a lower or a higher figure of the model means; "" where it is not a fault, or verdict.py says it.
     """
 
     key: str
@@ -33,17 +33,17 @@ class Row(NamedTuple):
 ROWS = (
     Row("articles", "articles per 100 words", 100, 0.1, True, "articles are missing", "too many articles"),
     Row("a_an", "right a or an, by the next sound, %", 100, 1, False, "wrong before some sounds"),
-    Row("bare_nouns", "count nouns left bare, %", 100, 0, False, "", "nouns lack their article"),
-    Row("names", "stories whose names change, %", 100, 0, False, "", "names change"),
-    Row("unseen", "trigrams not in the training text, %", 100, 0, False, "", "words are jumbled"),
+    Row("bare_nouns", "count nouns left bare, %", 100, 0, False),
+    Row("names", "stories whose names change, %", 100, 0, False),
+    Row("unseen", "trigrams not in the training text, %", 100, 0, False),
     Row("words", "words a story", 1, 0.2, True, "shorter stories", "longer stories"),
     Row("ended", "ended by <|endoftext|>, %", 100, 5, False, "many were cut off"),
     Row("distinct_2", "distinct-2, %", 100, 0.15, True, "less varied", "more varied"),
-    Row("repeated", "repeated 4-grams in a story, %", 100, 0, False, "", "repeats itself"),
-    Row("unknown", "words not in the training text, %", 100, 0, False, "", "makes up words"),
+    Row("repeated", "repeated 4-grams in a story, %", 100, 0, False),
+    Row("unknown", "words not in the training text, %", 100, 0, False),
     Row("run", "longest run copied, tokens", 1, 3, False, "", "copies more than real stories do"),
     Row("copied", "share of the story in that run, %", 100, 5, False, "", "partly memorized"),
-    Row("unfinished", "unfinished sentences or quotes, %", 100, 0, False, "", "unfinished"),
+    Row("unfinished", "unfinished sentences or quotes, %", 100, 0, False),
 )
 ENGLISH = ("articles", "a_an", *ENGLISH_FAULTS)  # what only English text has
 
@@ -80,7 +80,7 @@ def compare(passages: Sequence[Passage], references: Sequence[Passage], of_passa
                 _share([figures[row.key] for figures in side]) for side in (of_passages, of_references))
         verdict = _verdict(row, found, expected, 2 * math.hypot(error, spread))
         if row.key in findings:
-            verdict = row.high if findings[row.key].is_fault else "ok"
+            verdict = FAULTS[row.key][0] if findings[row.key].is_fault else "ok"
         table.append({"key": row.key, "title": row.title, "model": None if found is None else row.scale * found,
                       "reference": None if expected is None else row.scale * expected, "verdict": verdict})
     return table

@@ -26,17 +26,15 @@ class StaticCache(KVCache):
 
     def __init__(self, cache: KVCache, lengths: Tensor, slots: int) -> None:
         self.layers = [tuple(tensor[:len(lengths), :, :slots] for tensor in layer) for layer in cache.layers]
-        self.lengths, self.slots = lengths, slots
+        self.device, self.lengths, self.slots = lengths.device, lengths, slots
 
     def positions(self, seq_len: int) -> tuple[Tensor, Tensor]:
-        positions = self.lengths[:, None] + torch.arange(seq_len, device=self.lengths.device)  # (rows, seq_len)
+        positions = self.lengths[:, None] + torch.arange(seq_len, device=self.device)  # (rows, seq_len)
         return positions, cache_mask(positions, self.slots)
 
     def append(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        rows = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]  # (rows, 1)
-        for cached, new in zip(self.layers[layer], (keys, values), strict=True):
-            cached[rows, :, positions] = new.transpose(1, 2).type_as(cached)  # (rows, seq_len, n_kv_heads, head_dim)
-        return self.layers[layer]
+        super().append(layer, positions, keys, values)
+        return self.layers[layer]  # all slots, since a graph has fixed shapes
 
     def advance(self, seq_len: int) -> None:
         self.lengths.add_(seq_len)
