@@ -35,7 +35,7 @@ from training.optimizer import make_optimizer
 CONFIG = Path(__file__).with_suffix(".yaml")
 BASE = "base"
 TURNS, TURN_SECONDS = 5, 3.0  # in which the speed is measured
-VARIANTS = {  # title: settings. A step is 2,048 tokens in all of them but those of the batch
+VARIANTS = {  # title: settings. A step is 4,096 tokens in all of them but those of the batch
     BASE: (),
     "AdamW, 4e-3, no story mask": ("optimizer.type=adamw", "optimizer.learning_rate=4e-3", "scheduler.min_lr=2e-4",
                                    "optimizer.muon_learning_rate=null", "model.mask_stories=false"),
@@ -48,16 +48,16 @@ VARIANTS = {  # title: settings. A step is 2,048 tokens in all of them but those
     "linear to 0": ("scheduler.type=linear", "scheduler.min_lr=0"),
     "no weight decay": ("optimizer.weight_decay=0",),
     "weight decay 0.3": ("optimizer.weight_decay=0.3",),
-    "steps of 1,024 tokens": ("training.batch_size=4",),
-    "steps of 4,096 tokens": ("training.batch_size=16",),
+    "steps of 2,048 tokens": ("training.batch_size=8",),
+    "steps of 8,192 tokens": ("training.batch_size=32",),
     "wider: 2 layers of 256": ("model.d_model=256", "model.n_layers=2", "model.n_heads=8", "model.d_ffn=688"),
     "deeper: 8 layers of 128": ("model.d_model=128", "model.n_layers=8", "model.n_heads=4", "model.d_ffn=344"),
     "smaller: 5 layers of 96": ("model.d_model=96", "model.n_heads=3", "model.d_ffn=256"),
     "larger: 5 layers of 256": ("model.d_model=256", "model.n_heads=8", "model.d_ffn=688"),
     "vocabulary 2,000": ("model.vocab_size=2000",),
     "vocabulary 8,000": ("model.vocab_size=8000",),
-    "context 128": ("model.max_seq_len=128", "training.batch_size=16"),
-    "context 512": ("model.max_seq_len=512", "training.batch_size=4"),
+    "context 128": ("model.max_seq_len=128", "training.batch_size=32"),
+    "context 512": ("model.max_seq_len=512", "training.batch_size=8"),
     "dropout 0.1": ("model.dropout=0.1",),
     "half of each head rotated": ("model.rope_percentage=0.5",),
     "tied embeddings": ("model.tie_embeddings=true",),

@@ -22,8 +22,8 @@ from training.checkpoints import LATEST, load_checkpoint
 SETTINGS = ["data.max_stories=200", "model.vocab_size=512", "model.d_model=32", "model.n_layers=1", "model.n_heads=1",
             "model.d_ffn=64", "training.use_bf16=false", "training.use_compile=false", "training.show_progress=false",
             "sampling.max_new_tokens=4", "hardware.device=cpu", "data.max_seq_len=256",
-            "training.batch_size=4"]  # the base has steps of half the size
-STEP_TOKENS = 2048
+            "training.batch_size=4"]  # the base has steps of a quarter of the size
+STEP_TOKENS = 4096
 
 
 @pytest.fixture
