@@ -379,7 +379,8 @@ def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | 
                   f"{wanted}: torchrun --nproc_per_node={wanted} {shlex.join(sys.argv)}")
         run, validation = prepare_run(config, checkpoint, checkpoint_path, device, folder, distributed, initial)
         remaining = training.num_epochs * run.sequences_per_epoch - run.position
-        total_steps = training.max_steps or run.iter_num + max(0, math.ceil(remaining / run.config.sequences_per_step))
+        wanted = training.max_steps or run.iter_num + math.ceil(remaining / run.config.sequences_per_step)
+        total_steps = max(run.iter_num, wanted)  # with fewer than are done, the run ends here, with its evaluation
         if run.iter_num and is_finished(run, total_steps) and run.completed == run.iter_num:
             message = (f"{checkpoint_path}: has already finished its {counted(run.iter_num, 'step')}: raise "
                        f"{flag_to_extend(run, total_steps)} to continue, or generate stories with generate.py")

@@ -46,6 +46,23 @@ def weights(folder):
 
 # One process, interrupted
 
+def test_fewer_steps_than_are_done_end_the_run_with_its_evaluation(tiny_config, tmp_path, monkeypatch, capsys):
+    """A resumed run that is to be shorter than it is already has a best model, and names no loss of infinity."""
+    step, settings = train.train_step, ["training.output_dir=run", "training.eval_steps=1000", "data.max_stories=100"]
+
+    def interrupted(run, *rest):
+        if run.iter_num == 4:
+            signal.raise_signal(signal.SIGINT)
+        step(run, *rest)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    assert train.start_run(tiny_config(*settings, "training.max_steps=60"), None, None) == 130
+    capsys.readouterr()
+    assert train.start_run(tiny_config(*settings, "training.max_steps=3"), None, tmp_path / "run" / LATEST) == 0
+    best, out = load_checkpoint(tmp_path / "run" / BEST), capsys.readouterr().out
+    assert best["iter_num"] == 5 and f"best validation loss {best['best_val_loss']:.4f}" in out and " inf" not in out
+
+
 @ON_POSIX
 def test_a_run_stopped_at_random_steps_ends_as_if_nothing_had_happened(start_script, train_here, tmp_path, monkeypatch):
     """Ctrl-C and SIGTERM, and kill -9 in another process, with dropout and accumulation: the same weights bit for bit,
