@@ -69,8 +69,8 @@ class MuonWithAdamW(torch.optim.AdamW):
     def step(self) -> None:
         """One step of both; no step if found_inf, float32, (), is not 0. Does not wait for the device.
 
-    Muon's products are computed as those of the model are: in bf16 under autocast, else in float32.
-    """
+        Muon's products are computed as those of the model are: in bf16 under autocast, else in float32.
+        """
         super().step()
         first = self.param_groups[0]
         rate, momentum = self.ratio * first["lr"], first["betas"][0]
@@ -110,10 +110,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     Without it float32, since a CPU without fast bf16 takes 25 times as long for bf16 products.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    kind = matrices.device.type
-    x = matrices.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else matrices
-    if tall := x.shape[1] > x.shape[2]:  # the smaller product of the two
-        x = x.mT
+    x = matrices.mT if (tall := matrices.shape[1] > matrices.shape[2]) else matrices  # the smaller product of the two
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT

@@ -13,24 +13,28 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from experiment import digest, parse_arguments, read_result, tokenizer_folder, write_result  # finds the project, too
+from torch import nn
 from tqdm import tqdm
 
 from config import Config, UserError, config_from_dict, run_script
 from config.command_line import Parser
 from data.atomic_files import atomic_write
 from data.stories import open_stories
+from data.token_files import TokenFile
 from device import choose_compile, choose_device, choose_precision, keep_freed_memory
 from model import Transformer, count_parameters
-from train import accumulate_gradients, start_run
+from train import accumulate_gradients, start_run, train_step
 from training.checkpoints import LATEST
 from training.metrics_file import read_metrics
 from training.optimizer import make_optimizer
+from training.run import Run, micro_batch
 
 CONFIG = Path(__file__).with_suffix(".yaml")
 BASE = "base"
@@ -66,40 +70,52 @@ VARIANTS = {  # title: settings. A step is 4,096 tokens in all of them but those
 
 # How fast
 
-def make_step(config: Config) -> Callable[[], None]:
-    """A training step on random tokens, which synchronizes with the device at its end."""
+def start_training(config: Config, make_model: Callable[[], nn.Module], train_file: TokenFile,
+                   ) -> tuple[Run, Callable[[int], float]]:
+    """A run without a folder, and a function: takes train.py's next step of so many, waits for its loss and returns it.
+
+    make_model: of a model whose forward(tokens, targets) is the loss.
+    """
     device = choose_device(config.hardware.device)
     precision, _ = choose_precision(device, config.training.use_bf16)
     torch.manual_seed(config.training.seed)
-    model = Transformer(config.model).to(device)
-    optimizer, shape = make_optimizer(model, config), (config.training.batch_size, config.model.max_seq_len)
-    batch = tuple(torch.randint(0, config.model.vocab_size, shape).to(device) for _ in range(2))
-    forward, _ = choose_compile(model, lambda compiled: accumulate_gradients(compiled, precision, [batch]), device,
-                                config.training.use_compile, math.inf)
+    model = make_model().to(device)
+    run = Run(config, None, model, make_optimizer(model, config), device, train_file, precision=precision)
+    forward, _ = choose_compile(model, lambda compiled: accumulate_gradients(
+        compiled, precision, [micro_batch(run, 0)[1]]), device, config.training.use_compile, math.inf)
 
-    def step() -> None:
-        loss = accumulate_gradients(forward, precision, [batch] * config.training.gradient_accumulation_steps)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
-        with precision():
-            optimizer.step()
-        optimizer.zero_grad()
-        loss.item()
-    return step
+    def step(total_steps: int) -> float:
+        train_step(run, forward, total_steps)
+        return run.pending.pop()[2].item()
+    return run, step
 
 
-def measure_speeds(configs: dict[str, Config], path: Path) -> dict[str, float]:
-    """Tokens per second of each title, from the file at `path`, or else from the median step of all turns."""
+def make_step(config: Config) -> Callable[[], float]:
+    """A training step on random tokens."""
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, 200_000).astype(np.uint16)
+    _, step = start_training(config, lambda: Transformer(config.model), TokenFile(None, tokens, {}, ""))
+    return lambda: step(10**9)
+
+
+def measure_speeds(configs: dict[str, Config], path: Path, step_of: Callable[[str], Callable[[], Any]] | None = None,
+                   models: Mapping[str, str] | None = None) -> dict[str, float]:
+    """Tokens per second of each title, from the file at `path`, or else from the median step of all turns.
+
+    step_of: makes a title's step (default: make_step()). models: the names of the titles' models, where they differ.
+    """
+    shapes = {title: (f"{models[title]}, " if models else "") + shape_of(config) for title, config in configs.items()}
     known = read_result(path) if path.exists() else {}
-    missing = {shape: config for config in configs.values() if (shape := shape_of(config)) not in known}
-    steps = {shape: make_step(config) for shape, config in tqdm(missing.items(), desc="compile", unit="variant")}
-    seconds = time_in_turns(steps)
-    for shape, config in missing.items():
-        known[shape] = config.sequences_per_step * config.model.max_seq_len / seconds[shape]
+    missing = {shape: title for title, shape in shapes.items() if shape not in known}
+    steps = {shape: step_of(title) if step_of else make_step(configs[title])
+             for shape, title in tqdm(missing.items(), desc="compile", unit="variant")}
+    for shape, seconds in time_in_turns(steps).items():
+        config = configs[missing[shape]]
+        known[shape] = config.sequences_per_step * config.model.max_seq_len / seconds
     write_result(path, known)
-    return {title: known[shape_of(config)] for title, config in configs.items()}
+    return {title: known[shape] for title, shape in shapes.items()}
 
 
-def time_in_turns(steps: dict[str, Callable[[], None]]) -> dict[str, float]:
+def time_in_turns(steps: dict[str, Callable[[], Any]]) -> dict[str, float]:
     """The median seconds of each step, all of which take turns, so that a busy while of the machine meets all."""
     times = {title: [] for title in steps}
     for _ in tqdm(range(TURNS if steps else 0), desc="speed", unit="turn"):

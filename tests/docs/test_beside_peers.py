@@ -43,7 +43,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "peers" / "llama2.c").mkdir(parents=True)
     (tmp_path / "peers" / "llama2.c" / "model.py").write_text(PEER, encoding="utf-8")
-    monkeypatch.setattr(beside_peers, "measure_speeds", lambda make, config, path: SPEEDS)
+    monkeypatch.setattr(beside_peers, "measure_speeds", lambda *_: SPEEDS)
 
     def start(*arguments: str, variants: tuple[str, ...] = tuple(SPEEDS)) -> int:
         overrides = [part for value in SETTINGS for part in ("--set", value)]
@@ -66,17 +66,19 @@ def test_all_train_for_the_same_time_and_only_once(run, tmp_path, monkeypatch, c
     assert results["llama2.c, rate 0.001"]["val_loss"] == pytest.approx(math.log(512))
     assert 0 < results["ours"]["val_loss"] < math.log(512) - 0.1
     assert all(f"{of['bits_per_byte']:.4f}" in table for of in results.values())
-    monkeypatch.setattr(beside_peers, "train", None)
+    monkeypatch.setattr(beside_peers, "start_training", None)
     assert run() == 0
     assert capsys.readouterr().out.partition("At 0.05 minutes")[2] == table
 
 
 def test_a_peer_has_its_own_recipe_and_else_ours(run, monkeypatch):
-    begun = []
-    monkeypatch.setattr(beside_peers, "train", lambda training, *_: begun.append(training.config.to_dict()))
+    begun, start = [], beside_peers.start_training
+    monkeypatch.setattr(beside_peers, "start_training", lambda config, *rest: begun.append(config.to_dict()) or start(
+        config, *rest))
     run()
     ours, theirs = begun
     assert theirs["optimizer"]["type"] == "adamw" and theirs["optimizer"]["learning_rate"] == 0.001
+    assert ours["scheduler"]["warmup_steps"] == 0 and theirs["scheduler"]["warmup_steps"] == 1  # of 12 and 24 steps
     assert theirs["scheduler"]["min_lr"] == 0 and not theirs["model"]["mask_stories"]
     for section, values in ours.items():
         if section not in ("optimizer", "scheduler"):
