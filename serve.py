@@ -4,7 +4,7 @@
     python serve.py --checkpoint checkpoints/best_model.pth --port 8000
 
 GET / is the page (inference/page.html), POST /generate streams a story as server-sent events, POST /v1/completions does
-so in OpenAI's form, and GET /health says which model this is. All stories share one engine (inference/live_stories.py).
+so in OpenAI's form, and GET /health says which model this is. Stories are generated together (inference/live_stories.py).
 """
 
 import argparse
@@ -66,7 +66,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from data.tokenizer import tokenizer_from_json
 from device import choose_device, unused_gpu
 from inference.generation import encode_prompts
-from inference.live_stories import LiveStories, LiveStory, server_sent
+from inference.live_stories import ROWS, WAITING, LiveStories, LiveStory, server_sent
 from inference.openai_form import from_openai, to_openai
 from inference.packed_weights import choose_compute, pack
 from inference.web_safety import Guard, read_json, refuse, security_headers
@@ -78,23 +78,27 @@ class Service:
     """The model that is served, and the handlers of the requests."""
 
     def __init__(self, args: argparse.Namespace, path: Path, checkpoint: dict[str, Any]) -> None:
-        # a core is left to the event loop and the browser: if another program has one of their cores, OpenMP's threads
-        # wait for each other at each product; for that reason, too, this thread computes alone and has none of them
-        threads = max(1, torch.get_num_threads() - ("OMP_NUM_THREADS" not in os.environ))
-        torch.set_num_threads(1)
         device, config = choose_device(args.device), config_from_dict(checkpoint["config"], str(path))
+        # the threads of an engine wait for each other at each product, which is slow while the event loop or a browser
+        # has one of their cores: on a CPU, two engines with half of the threads each wait less, one thread of three or
+        # more is left out, and this thread computes alone
+        count = min(2, torch.get_num_threads()) if device.type == "cpu" else 1
+        threads = max(1, (torch.get_num_threads() - ("OMP_NUM_THREADS" not in os.environ)) // count)
+        torch.set_num_threads(1)
         model = model_from_checkpoint(checkpoint, path, device)
         self.tokenizer, self.context = tokenizer_from_json(checkpoint["tokenizer"], str(path)), config.model.max_seq_len
         most = min(config.sampling.max_new_tokens, MAX_NEW_TOKENS)
         self.sampling, self.rate_limit = dataclasses.replace(config.sampling, max_new_tokens=most), args.rate_limit
         compute, self.why = choose_compute(args.compute, device)
         loss, self.page = checkpoint["best_val_loss"], PAGE.read_text(encoding="utf-8")
-        self.stories = LiveStories(pack(model, compute), self.tokenizer, threads)
+        packed = pack(model, compute)
+        self.engines = [LiveStories(packed, self.tokenizer, threads, ROWS // count, WAITING // count)
+                        for _ in range(count)]
         self.about = {
             "checkpoint": "/".join(path.resolve().parts[-2:]), "step": checkpoint["iter_num"],
             "loss": loss if loss < math.inf else None, "parameters": count_parameters(model), "device": device.type,
             "compute": compute, "context": self.context, "max_new_tokens": MAX_NEW_TOKENS,
-            "prompts": self.sampling.prompts, "settings": self.settings(self.sampling), "end": self.stories.end}
+            "prompts": self.sampling.prompts, "settings": self.settings(self.sampling), "end": self.engines[0].end}
         self.minute, self.requests = 0, Counter()  # of the minute, by the client's address
 
     @staticmethod
@@ -121,16 +125,16 @@ class Service:
             self.requests[address := request.client.host] += 1
             if self.requests[address] > self.rate_limit:
                 raise HTTPException(429, f"more than {self.rate_limit} stories a minute", {"Retry-After": "60"})
-        if not self.stories.is_alive():
+        if not all(engine.is_alive() for engine in self.engines):
             raise HTTPException(500, "the engine has failed; what the server printed says why")
-        story = self.stories.add(prompt, sampling, stops)
+        story = min(self.engines, key=lambda engine: len(engine.open)).add(prompt, sampling, stops)
         if story is None:
             raise HTTPException(503, "too many stories wait already: try again later", {"Retry-After": "5"})
         return story
 
     def prompt(self, values: dict[str, Any]) -> list[int]:
         """The token ids of a request's prompt or tokens, after the separator. Raises UserError."""
-        tokens, text, end = values.get("tokens"), values.get("prompt", ""), self.stories.end
+        tokens, text, end = values.get("tokens"), values.get("prompt", ""), self.engines[0].end
         if tokens is None:
             if not isinstance(text, str):
                 raise UserError(f"prompt: found {show(text)}, expected a text")
@@ -148,16 +152,18 @@ class Service:
         return Response(self.page, media_type="text/html")
 
     async def health(self, request: Request) -> Response:
-        alive, waiting = self.stories.is_alive(), max(0, len(self.stories.open) - len(self.stories.engine.rows))
+        alive = all(engine.is_alive() for engine in self.engines)
+        running = sum(len(engine.engine.rows) for engine in self.engines)
+        waiting = max(0, sum(len(engine.open) for engine in self.engines) - running)
         return JSONResponse({"status": "ok" if alive else "failed", **self.about, "waiting": waiting,
-                             "running": len(self.stories.engine.rows)}, 200 if alive else 503)
+                             "running": running}, 200 if alive else 503)
 
     async def generate(self, request: Request) -> Response:
         story = self.begin(request, await read_json(request))
 
         async def stream() -> AsyncIterator[str]:
             yield server_sent({"tokens": story.row.prompt[1:], **self.settings(story.row.sampling)}, "start")
-            async for events in self.stories.read(story):
+            async for events in story.read():
                 yield "".join(server_sent(event, "end" if "reason" in event else "token") for event in events)
 
         return StreamingResponse(stream(), media_type="text/event-stream")
@@ -165,7 +171,7 @@ class Service:
     async def completions(self, request: Request) -> Response:
         values, answer = from_openai(await read_json(request))
         story = self.begin(request, values)
-        text = to_openai(self.stories.read(story), answer, self.about["checkpoint"], len(story.row.prompt))
+        text = to_openai(story.read(), answer, self.about["checkpoint"], len(story.row.prompt))
         return StreamingResponse(text, media_type="text/event-stream" if answer["stream"] else "application/json")
 
     def app(self, host: str, port: int) -> Guard:
@@ -198,7 +204,8 @@ class Server(uvicorn.Server):
         self.service = service
 
     def handle_exit(self, number: int, frame: Any) -> None:
-        self.service.stories.close()
+        for engine in self.service.engines:
+            engine.close()
         super().handle_exit(number, frame)
 
 
@@ -222,7 +229,7 @@ def main(args: argparse.Namespace) -> None:
     with listen(args.host, args.port) as opened:  # before the model is loaded, since the port may be in use
         port = opened.getsockname()[1]
         service = Service(args, path, checkpoint)
-        if args.device == "auto" and (warning := unused_gpu(service.stories.engine.device)):
+        if args.device == "auto" and (warning := unused_gpu(choose_device(args.device))):
             print(warning, file=sys.stderr)
         print(describe_checkpoint(checkpoint, path), f"computing in {service.about['compute']}{service.why}", sep="\n",
               file=sys.stderr)
@@ -235,7 +242,8 @@ def main(args: argparse.Namespace) -> None:
         print(f"{address}   (Ctrl-C stops)", flush=True)
         if has_screen() and not args.no_browser:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-        service.stories.start()
+        for engine in service.engines:
+            engine.start()
         Server(service, args.host, port).run(sockets=[opened])
 
 

@@ -93,9 +93,9 @@ def decode_step(model: Transformer, cache: KVCache, batch: Batch, used: frozense
     if "repetition_penalty" in used:
         batch.seen.scatter_(1, tokens, True)
     if batch.likely.shape[2]:
-        likely_log, likely = (logits - total).topk(batch.likely.shape[2])  # (rows, alternatives)
+        likely_logits, likely = logits.topk(batch.likely.shape[2])  # (rows, alternatives)
         batch.likely.index_copy_(1, batch.step, likely[:, None])
-        batch.likely_log.index_copy_(1, batch.step, likely_log[:, None])
+        batch.likely_log.index_copy_(1, batch.step, (likely_logits - total)[:, None])
     batch.tokens.copy_(tokens)
     batch.new.index_copy_(1, batch.step, tokens)
     batch.log_probabilities.index_copy_(1, batch.step, logits.gather(1, tokens) - total)

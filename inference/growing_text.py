@@ -36,7 +36,5 @@ class GrowingText:
 
     def peek(self, token: int) -> str:
         """The text that this token would add, stop texts aside."""
-        state = self.decoder.getstate()
-        text = self._decode([token])
-        self.decoder.setstate(state)
-        return text
+        begun = self.decoder.getstate()[0]  # the bytes of a character that is not complete yet
+        return codecs.utf_8_decode(begun + self.token_bytes[token], "replace")[0]

@@ -1,4 +1,4 @@
-"""Stories that many clients read as they are generated: a thread runs the engine, asyncio queues carry the tokens."""
+"""Stories that many clients read as they are generated: threads run engines, asyncio queues carry the tokens."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ from inference.engine import Continuation, Engine
 from inference.growing_text import GrowingText
 from model import Transformer
 
-ROWS = 64  # stories generated at once
+ROWS = 64  # stories generated at once, by all engines
 WAITING = 64  # stories that wait for a row; further ones are refused
 ALTERNATIVES = 5  # of each token, how many of the likeliest are sent
 STEPS, PACE = 16, 0.2  # tokens, and seconds, after which the new tokens are sent at the latest
@@ -28,22 +28,38 @@ Event = dict[str, Any]  # of a token, or of the story's end: this one has a "rea
 
 
 class LiveStory:
-    """A story on its way to a client: its continuation, its text so far, and the queue of its events."""
+    """A story on its way to a client: its continuation, its text so far, and the queue of its events.
 
-    def __init__(self, row: Continuation, text: GrowingText) -> None:
-        self.row, self.text = row, text
+    open: the stories of its engine that have not ended; it leaves them when nobody reads it any more.
+    """
+
+    def __init__(self, row: Continuation, text: GrowingText, open: set["LiveStory"]) -> None:
+        self.row, self.text, self.open = row, text, open
+        open.add(self)
         self.events: asyncio.Queue[list[Event]] = asyncio.Queue()  # at most max_new_tokens + 1 of them
         self.sent, self.cancelled = 0, False  # sent: how many of the row's tokens have had their event
 
+    async def read(self) -> AsyncIterator[list[Event]]:
+        """The story's events as they come, in groups. Who stops reading gives its row up."""
+        try:
+            while True:
+                events = await self.events.get()
+                yield events
+                if "reason" in events[-1]:
+                    return
+        finally:
+            self.cancelled = True
+            self.open.discard(self)
+
 
 class LiveStories(threading.Thread):
-    """The thread that runs the engine. add() and read() belong to the event loop; all else to the thread.
+    """A thread that runs an engine. add() and open belong to the event loop; all else to the thread.
 
-    threads: that compute. A failure of the engine ends all stories with the reason "error", and the thread.
+    threads: that compute. rows: stories at once; waiting: that wait for a row. A failure of the engine ends all its
+    stories with the reason "error", and the thread.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, threads: int, rows: int = ROWS,
-                 waiting: int = WAITING) -> None:
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, threads: int, rows: int, waiting: int) -> None:
         super().__init__(name="engine", daemon=True)
         self.threads = threads
         self.end, self.pieces = tokenizer.token_to_id(END_OF_STORY), token_bytes(tokenizer)
@@ -63,22 +79,9 @@ class LiveStories(threading.Thread):
             return None
         self.loop = asyncio.get_running_loop()
         row = Continuation(0, prompt, sampling.seed, sampling)
-        story = LiveStory(row, GrowingText(self.pieces, stops, prompt))
-        self.open.add(story)
+        story = LiveStory(row, GrowingText(self.pieces, stops, prompt), self.open)
         self.inbox.put(story)
         return story
-
-    async def read(self, story: LiveStory) -> AsyncIterator[list[Event]]:
-        """The story's events as they come, in groups. Who stops reading gives its row up."""
-        try:
-            while True:
-                events = await story.events.get()
-                yield events
-                if "reason" in events[-1]:
-                    return
-        finally:
-            story.cancelled = True
-            self.open.discard(story)
 
     def close(self) -> None:
         """End all stories with the reason "shutdown", and the thread. May be called by a signal handler."""
