@@ -4,7 +4,7 @@
     python serve.py --checkpoint checkpoints/best_model.pth --port 8000
 
 GET / is the page (inference/page.html), POST /generate streams a story as server-sent events, POST /v1/completions does
-so in OpenAI's form, and GET /health says which model this is. Stories are generated together (inference/live_stories.py).
+so in OpenAI's form, and GET /health says which model this is. Stories share engines (inference/live_stories.py).
 """
 
 import argparse
