@@ -52,10 +52,11 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     path = Path(path).expanduser()
     if is_hf_folder(path):
         return read_hf_folder(path)
-    if path.is_dir():
-        raise UserError(f"{path}: a folder; name the checkpoint in it, such as {path / LATEST}")
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; train.py writes {LATEST} to training.output_dir")
+        folder, what = (path, "a folder") if path.is_dir() else (path.parent, "no such checkpoint")
+        there = sorted(file.name for file in folder.glob("*.pth") if file.is_file())
+        raise UserError(f"{path}: {what}; " + (f"{folder} has {', '.join(there)}" if there else
+                                               f"train.py writes {LATEST} to training.output_dir"))
     damaged = f"{path}: damaged, or not a checkpoint; use another one, such as {BEST}"
     with path.open("rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's guesses at what is wrong with the file

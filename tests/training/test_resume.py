@@ -406,7 +406,7 @@ def test_eval_only_and_wrong_input(start_script, train_here, tmp_path):
                                 (["--num_epochs", "0"], "at least 1"),
                                 (["--resume", "--checkpoint", "x.pth"], "not allowed with argument"),
                                 (["--set", "model.d_ffn=10000000000"], "out of memory"),
-                                (["--checkpoint", "checkpoints"], "a folder; name the checkpoint in it"),
+                                (["--checkpoint", "checkpoints"], "a folder; train.py writes "),
                                 (["--set", "training.output_dir=busy"], "another program is training"),
                                 (["--set", "training.output_dir=file.txt/run"], "file.txt"),
                                 (["--set", "data.dataset=no/such/place.txt"], "no such file")):
