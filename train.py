@@ -272,6 +272,8 @@ def prepare_device(run: Run, validation: TokenFile, total_steps: int) -> Callabl
     bf16, auto = run.precision is not contextlib.nullcontext, run.config.training.batch_size == "auto"
     if run.distributed.is_main:  # before the batch size is chosen, since it takes memory
         run.sample = sample_stories(run.model, run.tokenizer, run.config.sampling, "bf16" if bf16 else "float32")
+        if run.device.type == "cuda":
+            run.sample(run.config.sampling)  # its graphs, too, take memory
     seq_len, per_step, flops = run.config.model.max_seq_len, run.config.sequences_per_step, flops_per_token(run.model)
     run_flops = (total_steps - run.iter_num) * per_step * seq_len * flops / run.distributed.world_size
 
