@@ -72,7 +72,7 @@ def choose_precision(device: torch.device, use_bf16: bool, same_everywhere: Call
     if device.type == "cpu":
         speedup = same_everywhere(bf16_speedup_on_cpu())
         if speedup < 1.5:
-            return contextlib.nullcontext, f"float32 (this CPU multiplies bf16 at {speedup:.1f} times that speed)"
+            return contextlib.nullcontext, f"float32 (this CPU multiplies bf16 at {speedup:.2g} times that speed)"
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16), "bf16 autocast"
 
 

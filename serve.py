@@ -79,11 +79,11 @@ class Service:
 
     def __init__(self, args: argparse.Namespace, path: Path, checkpoint: dict[str, Any]) -> None:
         device, config = choose_device(args.device), config_from_dict(checkpoint["config"], str(path))
-        # the threads of an engine wait for each other at each product, which is slow while the event loop or a browser
-        # has one of their cores: on a CPU, two engines with half of the threads each wait less, one thread of three or
-        # more is left out, and this thread computes alone
-        count = min(2, torch.get_num_threads()) if device.type == "cpu" else 1
-        threads = max(1, (torch.get_num_threads() - ("OMP_NUM_THREADS" not in os.environ)) // count)
+        # an engine's threads wait for each other at each product, which is slow while the event loop or a browser has
+        # one of their cores: so a core is left to those, two cores get an engine each, and this thread computes alone
+        cores = torch.get_num_threads()
+        engines = 2 if device.type == "cpu" and cores == 2 else 1
+        cores_each = max(1, cores // engines - ("OMP_NUM_THREADS" not in os.environ))
         torch.set_num_threads(1)
         model = model_from_checkpoint(checkpoint, path, device)
         self.tokenizer, self.context = tokenizer_from_json(checkpoint["tokenizer"], str(path)), config.model.max_seq_len
@@ -92,13 +92,13 @@ class Service:
         compute, self.why = choose_compute(args.compute, device)
         loss, self.page = checkpoint["best_val_loss"], PAGE.read_text(encoding="utf-8")
         packed = pack(model, compute)
-        self.engines = [LiveStories(packed, self.tokenizer, threads, ROWS // count, WAITING // count)
-                        for _ in range(count)]
+        self.threads = [LiveStories(packed, self.tokenizer, cores_each, ROWS // engines, WAITING // engines)
+                        for _ in range(engines)]
         self.about = {
             "checkpoint": "/".join(path.resolve().parts[-2:]), "step": checkpoint["iter_num"],
             "loss": loss if loss < math.inf else None, "parameters": count_parameters(model), "device": device.type,
             "compute": compute, "context": self.context, "max_new_tokens": MAX_NEW_TOKENS,
-            "prompts": self.sampling.prompts, "settings": self.settings(self.sampling), "end": self.engines[0].end}
+            "prompts": self.sampling.prompts, "settings": self.settings(self.sampling), "end": self.threads[0].end}
         self.minute, self.requests = 0, Counter()  # of the minute, by the client's address
 
     @staticmethod
@@ -125,16 +125,16 @@ class Service:
             self.requests[address := request.client.host] += 1
             if self.requests[address] > self.rate_limit:
                 raise HTTPException(429, f"more than {self.rate_limit} stories a minute", {"Retry-After": "60"})
-        if not all(engine.is_alive() for engine in self.engines):
+        if not all(thread.is_alive() for thread in self.threads):
             raise HTTPException(500, "the engine has failed; what the server printed says why")
-        story = min(self.engines, key=lambda engine: len(engine.open)).add(prompt, sampling, stops)
+        story = min(self.threads, key=lambda thread: len(thread.open)).add(prompt, sampling, stops)
         if story is None:
             raise HTTPException(503, "too many stories wait already: try again later", {"Retry-After": "5"})
         return story
 
     def prompt(self, values: dict[str, Any]) -> list[int]:
         """The token ids of a request's prompt or tokens, after the separator. Raises UserError."""
-        tokens, text, end = values.get("tokens"), values.get("prompt", ""), self.engines[0].end
+        tokens, text, end = values.get("tokens"), values.get("prompt", ""), self.threads[0].end
         if tokens is None:
             if not isinstance(text, str):
                 raise UserError(f"prompt: found {show(text)}, expected a text")
@@ -152,9 +152,9 @@ class Service:
         return Response(self.page, media_type="text/html")
 
     async def health(self, request: Request) -> Response:
-        alive = all(engine.is_alive() for engine in self.engines)
-        running = sum(len(engine.engine.rows) for engine in self.engines)
-        waiting = max(0, sum(len(engine.open) for engine in self.engines) - running)
+        alive = all(thread.is_alive() for thread in self.threads)
+        running = sum(len(thread.engine.rows) for thread in self.threads)
+        waiting = max(0, sum(len(thread.open) for thread in self.threads) - running)
         return JSONResponse({"status": "ok" if alive else "failed", **self.about, "waiting": waiting,
                              "running": running}, 200 if alive else 503)
 
@@ -204,8 +204,8 @@ class Server(uvicorn.Server):
         self.service = service
 
     def handle_exit(self, number: int, frame: Any) -> None:
-        for engine in self.service.engines:
-            engine.close()
+        for thread in self.service.threads:
+            thread.close()
         super().handle_exit(number, frame)
 
 
@@ -229,7 +229,7 @@ def main(args: argparse.Namespace) -> None:
     with listen(args.host, args.port) as opened:  # before the model is loaded, since the port may be in use
         port = opened.getsockname()[1]
         service = Service(args, path, checkpoint)
-        if args.device == "auto" and (warning := unused_gpu(choose_device(args.device))):
+        if args.device == "auto" and (warning := unused_gpu(service.threads[0].engine.device)):
             print(warning, file=sys.stderr)
         print(describe_checkpoint(checkpoint, path), f"computing in {service.about['compute']}{service.why}", sep="\n",
               file=sys.stderr)
@@ -242,8 +242,8 @@ def main(args: argparse.Namespace) -> None:
         print(f"{address}   (Ctrl-C stops)", flush=True)
         if has_screen() and not args.no_browser:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-        for engine in service.engines:
-            engine.start()
+        for thread in service.threads:
+            thread.start()
         Server(service, args.host, port).run(sockets=[opened])
 
 

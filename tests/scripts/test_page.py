@@ -29,7 +29,7 @@ def service(tokenizer, tmp_path_factory):
     save_checkpoint(path, {"model": Transformer(SHAPE).state_dict(), "config": Config(model=SHAPE).to_dict(),
                            "tokenizer": tokenizer.to_str(), "iter_num": 1234, "epoch": 0.5, "best_val_loss": math.inf})
     with serving(path) as service:
-        service.engines[0].engine.end = -1  # no story ends by itself
+        service.threads[0].engine.end = -1  # no story ends by itself
         yield service
 
 
@@ -98,13 +98,13 @@ def test_stop_stops(page, service, how):
     page.fill("#max_new_tokens", "2048")
     page.click("#write")
     page.locator(".token").nth(3).wait_for()
-    (running,) = service.engines[0].open
+    (running,) = service.threads[0].open
     {"button": lambda: page.click("#stop"), "Escape": lambda: page.keyboard.press("Escape"),
      "card": lambda: page.locator("article button", has_text="Stop").click()}[how]()
     page.locator("small", has_text="stopped by you").wait_for()
     assert 3 < page.locator(".token").count() < 2048 and page.locator("#stop").is_disabled()
     write(page, "Lily", 5)  # which is computed after the row of the first was taken
-    assert running not in service.engines[0].open and len(running.row.new) < 2048
+    assert running not in service.threads[0].open and len(running.row.new) < 2048
 
 
 def test_an_alternative_is_taken_and_the_story_goes_on_from_there(page, service):
@@ -164,7 +164,7 @@ def test_markup_stays_text_wherever_it_comes_from(page, service, monkeypatch):
     """From the beginning, from the model's tokens, and from their alternatives."""
     markup = "<img src=x onerror=alert(1)><script>alert(2)</script>"
     page.on("dialog", lambda dialog: pytest.fail("a script from a story ran"))
-    monkeypatch.setattr(service.engines[0], "pieces", [markup.encode()] * len(service.engines[0].pieces))
+    monkeypatch.setattr(service.threads[0], "pieces", [markup.encode()] * len(service.threads[0].pieces))
     write(page, markup, 3)
     assert story(page) == markup * 4
     page.locator(".token").first.click()

@@ -51,9 +51,9 @@ def checkpoint(tokenizer, tmp_path_factory) -> Path:
 
 
 @contextlib.contextmanager
-def serving(path, rate_limit=None, rows=32, waiting=32, engines=1):
+def serving(path, rate_limit=None, rows=32, waiting=32, cores=1):
     """A server in this process; yields its Service, whose `port` it has. rows, waiting: of each engine."""
-    torch.set_num_threads(engines)
+    torch.set_num_threads(cores)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serve, "LiveStories", lambda *arguments: LiveStories(*arguments[:3], rows, waiting))
         service = serve.Service(Namespace(device="cpu", compute="float32", rate_limit=rate_limit), path,
@@ -61,22 +61,21 @@ def serving(path, rate_limit=None, rows=32, waiting=32, engines=1):
     with serve.listen("127.0.0.1", 0) as opened:
         service.port = opened.getsockname()[1]
         server = serve.Server(service, "127.0.0.1", service.port)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
-        for engine in service.engines:
-            engine.start()
-        thread.start()
+        listener = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
+        for thread in (*service.threads, listener):
+            thread.start()
         try:
             yield service
         finally:
-            for engine in service.engines:
-                engine.close()
+            for thread in service.threads:
+                thread.close()
             server.should_exit = True
-            thread.join()
+            listener.join()
 
 
 @pytest.fixture(scope="module")
 def service(checkpoint):
-    with serving(checkpoint, engines=2) as service:
+    with serving(checkpoint, cores=2) as service:
         yield service
 
 
@@ -183,8 +182,8 @@ def test_each_token_has_its_log_probability_and_the_five_likeliest(service):
 
 
 def test_a_stop_text_frees_the_row(one_row, monkeypatch):
-    stories, add = [], one_row.engines[0].add
-    monkeypatch.setattr(one_row.engines[0], "add", lambda *arguments: stories.append(add(*arguments)) or stories[-1])
+    stories, add = [], one_row.threads[0].add
+    monkeypatch.setattr(one_row.threads[0], "add", lambda *arguments: stories.append(add(*arguments)) or stories[-1])
     _, tokens, _ = generate(one_row, prompt="Tom", **GREEDY)
     stop = text_of(tokens[10:12], {"text": ""})
     assert generate(one_row, prompt="Tom", stop=stop, **GREEDY | {"max_new_tokens": 2048})[2]["reason"] == "stop"
@@ -206,15 +205,22 @@ def test_64_clients_at_once_get_their_own_stories(service, story_of):
         settings = body(client)
         prompt = settings.pop("prompt")
         assert prompt + text_of(tokens, end) == story_of(prompt, **settings).text, client
-    assert not any(engine.open for engine in service.engines)
+    assert not any(thread.open for thread in service.threads)
 
 
-def test_on_a_cpu_two_engines_share_the_stories(checkpoint):
-    with serving(checkpoint, rows=1, waiting=0, engines=2) as service:
-        for engine in service.engines:
-            engine.engine.end = -1
+@pytest.mark.parametrize(("cores", "threads"), [(1, [1]), (2, [1, 1]), (3, [2]), (8, [7])])
+def test_a_core_is_left_free_and_two_cores_have_an_engine_each(checkpoint, monkeypatch, cores, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with serving(checkpoint, cores=cores) as service:
+        assert [thread.threads for thread in service.threads] == threads
+
+
+def test_two_engines_share_the_stories(checkpoint):
+    with serving(checkpoint, rows=1, waiting=0, cores=2) as service:
+        for thread in service.threads:
+            thread.engine.end = -1
         running = [send(service, {"prompt": "Tom", **LONG}) for _ in range(2)]
-        assert [len(engine.open) for engine in service.engines] == [1, 1]
+        assert [len(thread.open) for thread in service.threads] == [1, 1]
         assert ask(service, {"prompt": "Lily"})[0] == 503
         for connection, response in running:
             response.close()
@@ -226,7 +232,7 @@ def test_on_a_cpu_two_engines_share_the_stories(checkpoint):
 def one_row(checkpoint):
     """A server with one row and one place to wait, whose stories never end by themselves."""
     with serving(checkpoint, rows=1, waiting=1) as service:
-        service.engines[0].engine.end = -1
+        service.threads[0].engine.end = -1
         yield service
 
 
@@ -236,9 +242,9 @@ def test_a_client_that_goes_away_frees_its_row(one_row, path):
     leaving, response = send(one_row, {"prompt": "Tom", "stream": True, "max_tokens": 2048} if path != "/generate" else
                              {"prompt": "Tom", **LONG}, path)
     response.readline()
-    gone = next(iter(one_row.engines[0].open))
+    gone = next(iter(one_row.threads[0].open))
     waits, _ = send(one_row, {"prompt": "Lily", **LONG})
-    also_gone = next(iter(one_row.engines[0].open - {gone}))
+    also_gone = next(iter(one_row.threads[0].open - {gone}))
     response.close()
     leaving.close()
     waits.close()
@@ -260,7 +266,7 @@ def test_a_client_that_waits_for_the_whole_answer_and_goes_away_frees_its_row(on
     leaving.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost:%d\r\nContent-Type: application/json\r\n"
                     b"Content-Length: %d\r\n\r\n%s" % (one_row.port, len(body), body))
     assert leaving.recv(15) == b"HTTP/1.1 200 OK"
-    gone = next(iter(one_row.engines[0].open))
+    gone = next(iter(one_row.threads[0].open))
     leaving.close()
     _, tokens, _ = generate_when_free(one_row, prompt="Lily", **GREEDY)
     assert len(tokens) == 40 and len(gone.row.new) < 2048
@@ -294,10 +300,10 @@ def test_if_the_engine_fails_the_streams_end_and_the_health_says_so(checkpoint):
         def advance():
             raise RuntimeError("/secret/path")
 
-        service.engines[0].engine.advance = advance
+        service.threads[0].engine.advance = advance
         text = ask(service, {"prompt": "Tom"})[2]
         assert events_of(text)[-1] == ("end", {"reason": "error", "text": ""})
-        service.engines[0].join()
+        service.threads[0].join()
         assert ask(service, b"", "/health", "GET")[0] == 503
         for path, more in (("/generate", {}), ("/v1/completions", {"stream": True})):
             status, _, text = ask(service, {"prompt": "Tom", **more}, path)
@@ -331,7 +337,7 @@ def test_a_bad_request_is_refused_with_a_reason(service, checkpoint, path, body,
     assert found == status and headers["Content-Type"] == "application/json"
     message = json.loads(text)["error"]["message"]
     assert part in message and len(message) < 400 and "sampling." not in message
-    assert not any(engine.open for engine in service.engines) and str(checkpoint.parent) not in text and "/" not in text
+    assert not any(thread.open for thread in service.threads) and str(checkpoint.parent) not in text and "/" not in text
 
 
 def test_a_lone_surrogate_in_a_prompt_is_replaced(service):
@@ -434,8 +440,8 @@ def not_run(monkeypatch):
     monkeypatch.setattr(serve.Server, "run", lambda self, sockets: ran.append(self))
     yield ran
     for server in ran:
-        for engine in server.service.engines:
-            engine.close()
+        for thread in server.service.threads:
+            thread.close()
 
 
 def test_the_script_prints_its_address_and_warns_of_other_machines(run_main, not_run, checkpoint):
@@ -502,10 +508,10 @@ def test_a_story_that_comes_while_the_server_closes_ends_too(checkpoint):
     """It is in the inbox when the thread leaves: no client may wait for it forever."""
     with serving(checkpoint) as service:
         released = threading.Event()
-        advance = service.engines[0].engine.advance
-        service.engines[0].engine.advance = lambda: (released.wait(), advance())[1]
+        advance = service.threads[0].engine.advance
+        service.threads[0].engine.advance = lambda: (released.wait(), advance())[1]
         connections = [send(service, {"prompt": "Tom", **LONG}) for _ in range(2)]
-        service.engines[0].close()
+        service.threads[0].close()
         released.set()
         for connection, response in connections:
             assert events_of(response.read().decode())[-1][1]["reason"] == "shutdown"
@@ -517,4 +523,4 @@ def test_the_thread_looks_at_the_stories_more_often_where_tokens_are_slow(checkp
         for pace, most in ((1e-9, 1), (1e9, live_stories.STEPS)):
             monkeypatch.setattr(live_stories, "PACE", pace)
             generate(service, prompt="Tom", **GREEDY)
-            assert service.engines[0].engine.check_every == most
+            assert service.threads[0].engine.check_every == most
