@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     parser.add_argument("--compute", choices=("auto", "float32", "bf16", "int8"), default="auto",
                         help="auto: bf16 where the device is faster with it, else float32; int8 (8-bit weights) for a "
-                        "few stories on a CPU with fast bf16")
+                        "few stories on a CPU")
     args = parser.parse_args()
     if args.interactive and args.num_samples > 1:
         raise UserError(f"--num_samples {args.num_samples}: must be 1 with --interactive")

@@ -389,3 +389,21 @@ def test_the_first_steps_say_how_long_a_run_takes(monkeypatch, capsys, seconds, 
         out = capsys.readouterr().out
         assert (f"plan: about {duration} for 100,000 more steps" in out) if duration else not out
         assert ("warning: that is more than a day, on the cpu" in out) == ("days" in duration)
+
+
+def test_a_speedup_is_that_of_the_fastest_calls_and_soon_known(monkeypatch):
+    """Not that of a busy moment; and a CPU that is very slow in the one does not keep the user waiting."""
+    now, calls = [0.0], []
+    monkeypatch.setattr(device_module.time, "perf_counter", lambda: now[0])
+
+    def takes(*seconds):
+        def work():
+            now[0] += seconds[min(len(calls) // 2, len(seconds) - 1)]
+            calls.append(work)
+        return work
+
+    assert device_module.speedup(takes(9e-3, 4e-3, 7e-3), takes(1e-3, 8e-3)) == pytest.approx(4)
+    assert len(calls) == 20
+    calls.clear()
+    assert device_module.speedup(takes(1e-3), takes(2.0)) == pytest.approx(1 / 2000)
+    assert len(calls) == 4

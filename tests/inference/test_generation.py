@@ -401,12 +401,24 @@ def test_log_probabilities_are_the_models_own_at_temperature_1(model):
     assert len(done) == 2
 
 
-def test_auto_takes_int8_for_a_few_stories_where_bf16_is_fast(monkeypatch):
+@pytest.mark.parametrize(("bf16", "int8", "chosen"), [
+    (2.0, 1.5, ("int8", "bf16")), (0.1, 1.5, ("int8", "float32")), (0.1, 0.3, ("float32", "float32"))])
+def test_auto_takes_what_is_fast_on_this_cpu(monkeypatch, bf16, int8, chosen):
+    """For one story and for a hundred. bf16, int8: how many times faster than float32."""
+    monkeypatch.setattr("device.bf16_speedup_on_cpu", lambda: bf16)
+    monkeypatch.setattr(packed_weights, "speedup", lambda first, second: int8)
     cpu = torch.device("cpu")
-    for speedup, chosen in ((2.0, ("int8", "bf16")), (0.5, ("float32", "float32"))):
-        monkeypatch.setattr("device.bf16_speedup_on_cpu", lambda speedup=speedup: speedup)
-        assert tuple(packed_weights.choose_compute("auto", cpu, rows)[0] for rows in (1, 100)) == chosen
+    assert tuple(packed_weights.choose_compute("auto", cpu, rows)[0] for rows in (1, 100)) == chosen
     assert packed_weights.choose_compute("float32", cpu, 1) == ("float32", "")
+
+
+def test_auto_does_without_int8_where_torch_has_none(monkeypatch):
+    def missing(self: object, linears: object) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr("device.bf16_speedup_on_cpu", lambda: 2.0)
+    monkeypatch.setattr(packed_weights.PackedLinear, "load", missing)
+    assert packed_weights.choose_compute("auto", torch.device("cpu"), 1) == ("bf16", "")
 
 
 @pytest.mark.parametrize(("compute", "tolerance"), [("float32", 1e-5), ("bf16", 0.02), ("int8", 0.03)])
