@@ -29,7 +29,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {advice or '--help lists the flags'}")
 
     def _suggest_flag(self, argument: str, following: str) -> str | None:
-        """The way to give an argument that is a file without its flag, or a key of the YAML given as a flag."""
+        """The way to give a file without its flag, a key of the YAML given as a flag, or --set with a space for its =."""
+        before = sys.argv[:sys.argv.index(argument)] if argument in sys.argv else []
+        if before[-2:-1] == ["--set"] and "=" not in before[-1]:
+            return f"use --set {before[-1]}={following if argument == '=' else argument}"
         flags = {".yaml": "--config", ".yml": "--config", ".pth": "--checkpoint"}
         if (flag := flags.get(Path(argument).suffix)) in self._option_string_actions:
             return f"use {flag} {argument}"

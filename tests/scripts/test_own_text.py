@@ -149,7 +149,10 @@ def test_a_run_that_cannot_be_leaves_no_tokenizer(run_train, workplace):
     (["--n_embd"], "use --set model.d_model=VALUE"), (["config/x.yaml"], "use --config config/x.yaml"),
     (["a/b.pth"], "use --checkpoint a/b.pth"), (["--nonsense"], "--help lists the flags"),
     (["--set", "learning_rate=1e-3"], "did you mean optimizer.learning_rate?"),
-    (["--set", "max_iters=3"], "did you mean training.max_steps?")])
+    (["--set", "max_iters=3"], "did you mean training.max_steps?"),
+    (["--set", "training.max_steps", "5"], "use --set training.max_steps=5"),
+    (["--set", "training.max_steps", "=", "5"], "use --set training.max_steps=5"),
+    (["--set", "training.max_steps=5", "6"], "arguments: 6; --help lists the flags")])
 def test_arguments_of_other_trainers_are_answered(run_main, arguments, advice):
     status, _, error = run_main(train, *arguments)
     assert status == 2 and error.count("\n") == 1 and advice in error
