@@ -516,9 +516,9 @@ def test_what_is_done_is_printed_and_recorded_when_it_is_interrupted(model, toke
     assert all(text in out for text in recorded[:4]) and "of 30 stories generated" in err
 
 
-@pytest.mark.parametrize(("count", "tokens"), [(1, 2), (3, 3 * 2 * engine.CHECK_EVERY["cpu"])])
+@pytest.mark.parametrize(("count", "tokens"), [(1, 4), (3, 3 * 2 * engine.CHECK_EVERY["cpu"])])
 def test_tokens_generated_before_ctrl_c_are_counted(model, tokenizer, monkeypatch, capsys, count, tokens):
-    """In the third round. Alone a story grows by a token a round, else by CHECK_EVERY."""
+    """In the third round. Alone a story grows by two tokens a round, else by CHECK_EVERY."""
     advance, rounds = Engine.advance, []
 
     def interrupted(self):
