@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from config import UserError
 from device import choose_precision, speedup
-from model import Attention, FeedForward, Transformer, apply_rope
+from model import Attention, FeedForward, Transformer, TransformerBlock, apply_rope
 
 MANY_ROWS = 5  # from so many stories at once, int8 no longer pays on every CPU
 
@@ -51,17 +51,7 @@ def pack(model: Transformer, compute: str) -> Transformer:
 
     It shares embedding, norms and device with `model`; see refresh().
     """
-    with torch.device("meta"):
-        packed = Transformer(model.config)
-    for name in ("tok_embeddings", "norm", "rope_cos", "rope_sin"):
-        setattr(packed, name, getattr(model, name))
-    for own, layer in zip(packed.layers, model.layers, strict=True):
-        own.attention_norm, own.ffn_norm = layer.attention_norm, layer.ffn_norm
-        own.attention = PackedAttention(layer.attention, compute)
-        own.feed_forward = PackedFeedForward(layer.feed_forward, compute)
-    packed.output = PackedLinear(compute)
-    packed.output.load([model.output])
-    return packed.eval()
+    return PackedTransformer(model, compute).eval()
 
 
 def refresh(packed: Transformer, model: Transformer) -> None:
@@ -70,6 +60,29 @@ def refresh(packed: Transformer, model: Transformer) -> None:
         own.attention.load(layer.attention)
         own.feed_forward.load(layer.feed_forward)
     packed.output.load([model.output])
+
+
+class PackedTransformer(Transformer):
+    """Transformer without what Transformer.__init__() does first, drawing weights, and without dropout."""
+
+    def __init__(self, model: Transformer, compute: str) -> None:
+        nn.Module.__init__(self)
+        self.config, self.gradient_checkpointing = model.config, False
+        self.tok_embeddings, self.norm, self.dropout = model.tok_embeddings, model.norm, nn.Identity()
+        self.rope_cos, self.rope_sin = model.rope_cos, model.rope_sin
+        self.layers = nn.ModuleList(PackedBlock(layer, compute) for layer in model.layers)
+        self.output = PackedLinear(compute)
+        self.output.load([model.output])
+
+
+class PackedBlock(TransformerBlock):
+    """TransformerBlock of packed matrices, without dropout."""
+
+    def __init__(self, block: TransformerBlock, compute: str) -> None:
+        nn.Module.__init__(self)
+        self.attention_norm, self.ffn_norm, self.dropout = block.attention_norm, block.ffn_norm, nn.Identity()
+        self.attention = PackedAttention(block.attention, compute)
+        self.feed_forward = PackedFeedForward(block.feed_forward, compute)
 
 
 class PackedAttention(Attention):
