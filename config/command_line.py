@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {advice or '--help lists the flags'}")
 
     def _suggest_flag(self, argument: str, following: str) -> str | None:
-        """The way to give a file without its flag, a key of the YAML given as a flag, or --set with a space for its =."""
+        """The way to give a file without its flag, a key of the YAML given as a flag, or --set with a space for =."""
         before = sys.argv[:sys.argv.index(argument)] if argument in sys.argv else []
         if before[-2:-1] == ["--set"] and "=" not in before[-1]:
             return f"use --set {before[-1]}={following if argument == '=' else argument}"

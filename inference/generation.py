@@ -51,7 +51,7 @@ def generate_stories(model: Transformer, tokenizer: Tokenizer, prompts: Sequence
     """
     end, encoded = tokenizer.token_to_id(END_OF_STORY), encode_prompts(tokenizer, prompts, model.config.max_seq_len)
     growing = watch is not None and len(prompts) == 1 and model.tok_embeddings.weight.device.type == "cpu"
-    # a GPU makes many tokens in the time of a screen's frame; on a CPU, looking at each token costs a tenth of the speed
+    # a GPU makes many tokens in the time of a screen's frame; on a CPU, a look at each token costs a tenth of the speed
     check_every = 1 if stops else 2 if growing else None
     reach = max((len(stop.encode("utf-8")) for stop in stops), default=0)  # a stop text has at most so many tokens
     for running in generate_tokens(model, encoded, seeds, end, tokenizer.get_vocab_size(), sampling, check_every,

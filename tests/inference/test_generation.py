@@ -591,6 +591,13 @@ def test_the_script_takes_the_newest_checkpoint_and_says_what_it_is(run_generate
     assert run_generate("--seed", "50")[1] != alone
 
 
+def test_a_story_needs_no_import_of_torchs_compiler(folder):
+    """Which takes as long as all the rest."""
+    done = generate_process(folder, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == 0 and "torch.nn" in imported and "torch._dynamo" not in imported
+
+
 @pytest.mark.parametrize(("name", "completed", "part"), [
     ("best_model.pth", 0, "epoch 2.50, validation loss 2.750"), ("best_model.pth", 1234, ", validation loss 2.750"),
     ("checkpoint_latest.pth", 1234, "best of its run: validation loss 2.750"),
