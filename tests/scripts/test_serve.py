@@ -272,6 +272,22 @@ def test_a_client_that_waits_for_the_whole_answer_and_goes_away_frees_its_row(on
     assert len(tokens) == 40 and len(gone.row.new) < 2048
 
 
+def test_the_health_counts_the_stories_that_run_and_wait(one_row):
+    def counts():
+        found = json.loads(ask(one_row, b"", "/health", "GET")[2])
+        return found["running"], found["waiting"]
+
+    assert counts() == (0, 0)
+    streams = [send(one_row, {"prompt": "Tom", **LONG}) for _ in range(2)]
+    first_token(streams[0][1])
+    assert counts() == (1, 1)
+    for connection, response in streams:
+        response.close()
+        connection.close()
+    generate_when_free(one_row, prompt="Lily", **GREEDY)
+    assert counts() == (0, 0)
+
+
 def test_too_many_are_refused_and_told_when_to_come_again(one_row):
     running = [send(one_row, {"prompt": "Tom", **LONG}) for _ in range(2)]
     status, headers, text = ask(one_row, {"prompt": "Lily"})
