@@ -67,7 +67,7 @@ def not_negative(text: str) -> int:
 def parse_before_imports(parse_arguments: Callable[[], Arguments], spin: bool = False) -> Arguments:
     """Parse a script's command line and YAML before its slow imports (torch takes seconds), and set OpenMP up.
 
-    spin: let OpenMP's threads wait by spinning for long, which suits many small operations on an idle machine.
+    spin: let OpenMP's threads wait by spinning for longer, which suits many small operations.
 
     A mistake is reported at once, in one line. Until run_script() takes over, Ctrl-C and SIGTERM exit immediately:
     there is nothing to clean up yet, and an import could turn the exception into a different one.
@@ -78,9 +78,10 @@ def parse_before_imports(parse_arguments: Callable[[], Arguments], spin: bool = 
     _replace_unprintable()
     with one_line_errors():
         arguments = parse_arguments()
-    # waiting OpenMP threads should yield their core soon: with long spinning, one busy neighbour halves torch's speed
-    if not spin and "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # waiting OpenMP threads should yield their core soon: with GOMP's own count, 300,000, busy neighbours halve torch's
+    # speed. What lies between two small operations is shorter than 30,000
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "30000" if spin else "1000")
     return arguments
 
 
