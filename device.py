@@ -70,9 +70,9 @@ def choose_precision(device: torch.device, use_bf16: bool, same_everywhere: Call
     if device.type == "mps":
         return contextlib.nullcontext, "float32 (bf16 is untested on mps)"
     if device.type == "cpu":
-        speedup = same_everywhere(bf16_speedup_on_cpu())
-        if speedup < 1.5:
-            return contextlib.nullcontext, f"float32 (this CPU multiplies bf16 at {speedup:.2g} times that speed)"
+        times = same_everywhere(bf16_speedup_on_cpu())
+        if times < 1.5:
+            return contextlib.nullcontext, f"float32 (this CPU multiplies bf16 at {times:.2g} times that speed)"
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16), "bf16 autocast"
 
 

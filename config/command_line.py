@@ -78,8 +78,8 @@ def parse_before_imports(parse_arguments: Callable[[], Arguments], spin: bool = 
     _replace_unprintable()
     with one_line_errors():
         arguments = parse_arguments()
-    # waiting OpenMP threads should yield their core soon: with GOMP's own count, 300,000, busy neighbours halve torch's
-    # speed. What lies between two small operations is shorter than 30,000
+    # waiting OpenMP threads should yield their core soon: with GOMP's own count, busy neighbours halve torch's speed.
+    # For small operations, 30,000 is as fast as that alone, and as 1,000 beside them (docs/EXPERIMENTS.md)
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "30000" if spin else "1000")
     return arguments

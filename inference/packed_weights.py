@@ -63,7 +63,7 @@ def refresh(packed: Transformer, model: Transformer) -> None:
 
 
 class PackedTransformer(Transformer):
-    """Transformer without what Transformer.__init__() does first, drawing weights, and without dropout."""
+    """Transformer of packed matrices, without dropout; Transformer.__init__() would draw weights to throw away."""
 
     def __init__(self, model: Transformer, compute: str) -> None:
         nn.Module.__init__(self)
