@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
@@ -24,7 +25,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        replace_file(part, path)
         if os.name == "posix":  # so that the new name survives a power failure, too
             folder = os.open(path.parent, os.O_RDONLY)
             try:
@@ -33,6 +34,16 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
                 os.close(folder)
     finally:
         part.unlink(missing_ok=True)
+
+
+def replace_file(part: Path, path: Path) -> None:
+    """Rename `part` to `path`. Windows refuses that while a program, such as a virus scanner, has `path` open: so this
+    tries again for two seconds. Raises OSError."""
+    for _ in range(40):
+        with contextlib.suppress(PermissionError):
+            return os.replace(part, path)
+        time.sleep(0.05)
+    os.replace(part, path)
 
 
 def remove_partial_files(folder: Path, name: str) -> None:

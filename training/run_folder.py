@@ -94,11 +94,18 @@ class RunFolder:
         numbers = [int(path.name) for path in previous.glob("*") if path.name.isdecimal()]
         target = previous / str(max(numbers, default=0) + 1)
         target.mkdir(parents=True)
-        size = 0
-        for path in list(self.path.iterdir()):
-            if CHECKPOINT_NAME.fullmatch(path.name) or path.name in (METRICS, REPORT, PICTURE, EVALUATION):
-                size += path.stat().st_size
+        files = [path for path in self.path.iterdir()
+                 if CHECKPOINT_NAME.fullmatch(path.name) or path.name in (METRICS, REPORT, PICTURE, EVALUATION)]
+        size = sum(path.stat().st_size for path in files)
+        try:
+            for path in files:
                 path.replace(target / path.name)
+        except OSError as error:  # such as a file in use on Windows: the earlier run stays whole
+            for moved in list(target.iterdir()):
+                moved.replace(self.path / moved.name)
+            target.rmdir()
+            raise UserError(f"{path}: cannot be moved to {target}, which keeps the earlier run ({error.strerror}): "
+                            "close the program that uses it, or set training.output_dir to another folder") from None
         print(f"output: the earlier run in {self.path} is now in {target} ({format_bytes(size)}), yours to delete")
 
     def record(self, entry: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,6 +88,29 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(path, make_checkpoint())
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("refusals", [2, 1000])
+def test_a_file_that_another_program_has_open_for_a_moment_is_replaced_afterwards(tmp_path, monkeypatch, refusals):
+    """On Windows a virus scanner may have; os.replace() then raises PermissionError."""
+    path, replace, waited = tmp_path / "a.pth", os.replace, []
+    save_checkpoint(path, make_checkpoint(1))
+    before = path.read_bytes()
+
+    def refuse(*paths):
+        if len(waited) < refusals:
+            raise PermissionError(13, "used by another process")
+        replace(*paths)
+
+    monkeypatch.setattr("os.replace", refuse)
+    monkeypatch.setattr("time.sleep", waited.append)
+    if refusals == 2:
+        save_checkpoint(path, make_checkpoint())
+    else:
+        with pytest.raises(PermissionError, match="used by another"):
+            save_checkpoint(path, make_checkpoint())
+    assert (path.read_bytes() == before) == (refusals == 1000) and load_checkpoint(path) and sum(waited) < 5
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 class Dangerous:
@@ -329,6 +353,26 @@ def test_a_new_run_keeps_every_earlier_one_and_an_earlier_one_can_be_resumed(tmp
     shutil.rmtree(tmp_path / "previous" / "1")  # a number is not used again while a later one is there
     run_in(tmp_path, 4)
     assert runs(tmp_path / "previous" / "3") == (3, [1, 3]) and not first.exists()
+
+
+def test_an_earlier_run_that_cannot_be_moved_stays_whole(tmp_path, monkeypatch):
+    """As on Windows, where another program has one of its files open."""
+    run_in(tmp_path, 1)
+    (tmp_path / "report.html").write_text("1", encoding="utf-8")
+    before, move = {path: path.read_bytes() for path in tmp_path.iterdir()}, Path.replace
+
+    def refuse(path, target):
+        if len(list(Path(target).parent.iterdir())) == 2 and "previous" in Path(target).parts:
+            raise PermissionError(13, "used by another process")
+        return move(path, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(UserError, match=r"cannot be moved to .*previous.1.*used by another process.*output_dir"):
+        run_in(tmp_path, 2)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    monkeypatch.undo()
+    run_in(tmp_path, 2)
+    assert runs(tmp_path) == (2, [2]) and runs(tmp_path / "previous" / "1") == (1, [1])
 
 
 def test_a_run_that_never_saved_is_not_kept(tmp_path):
