@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import REPO
+from packaging.requirements import Requirement
 
 SCRIPTS = ("train.py", "generate.py", "evaluate.py", "serve.py", "train_custom_tokenizer.py")
 HEAVY = {"torch", "tokenizers", "datasets", "transformers", "matplotlib", "numpy", "tqdm", "fastapi", "model"}
@@ -23,6 +24,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def run(tmp_path, script, *arguments):
     return subprocess.run([sys.executable, "-c", RUN, str(REPO / script), *arguments], cwd=tmp_path,
                           capture_output=True, encoding="utf-8")
+
+
+def test_the_build_of_torch_that_a_user_installed_first_is_kept():
+    """pip would replace it by PyPI's, which on Windows has no CUDA."""
+    lines = (REPO / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    torch, = (Requirement(line) for line in lines if line.startswith("torch"))
+    assert all(torch.specifier.contains(build) for build in ("2.11.0+cu130", "2.14.1+cu130", "2.99.0+cu150"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
