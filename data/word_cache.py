@@ -4,11 +4,13 @@ A byte-level BPE (Radford et al., 2019) splits a text into words by a pattern, t
 thousand words make up nearly all of TinyStories, so each word is encoded once and then looked up.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
 import re
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -92,12 +94,13 @@ def encode_chunks(tokenizer: Tokenizer, dtype: np.dtype, separator: bytes, chunk
         encode = make_encoder(tokenizer, dtype)
         yield from ((b"".join(separator + ids for ids in encode(chunk)), number) for chunk, number in chunks)
         return
-    # spawn, which works on all systems: each process imports the script again, which takes seconds
+    # spawn, which works on all systems
     pool, pending = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process, (
         tokenizer.to_str(), tokenizer.encode_special_tokens, dtype, separator)), deque()
     try:
         for chunk, number in chunks:
-            pending.append((pool.submit(_encode_chunk, chunk), number))
+            with _hidden_script():  # a process is started here if all others are busy
+                pending.append((pool.submit(_encode_chunk, chunk), number))
             if len(pending) > 2 * processes:
                 future, number = pending.popleft()
                 yield future.result(), number
@@ -106,6 +109,21 @@ def encode_chunks(tokenizer: Tokenizer, dtype: np.dtype, separator: bytes, chunk
         raise UserError("tokens: a process that encodes stories was ended from outside: is the memory full?") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _hidden_script() -> Iterator[None]:
+    """Processes started meanwhile do not import the script that runs, as multiprocessing would have it.
+
+    With it they would import torch, which takes seconds and, for CUDA on Windows, gigabytes of memory for each process.
+    """
+    main = sys.modules["__main__"].__dict__
+    hidden = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
+    main["__spec__"] = None
+    try:
+        yield
+    finally:
+        main.update(hidden)
 
 
 def _start_process(tokenizer: str, encode_special_tokens: bool, dtype: np.dtype, separator: bytes) -> None:

@@ -1,9 +1,12 @@
 """The word cache in front of the tokenizer library gives the library's own ids, for every text and tokenizer."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import REPO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
@@ -120,6 +123,29 @@ def test_processes_encode_as_one_does_in_order_and_without_hoarding(tokenizer, s
     assert together == alone
     with pytest.raises(UserError, match="ended from outside"):
         list(encode_chunks(tokenizer, DTYPE, b"\0\0", iter([([EndsTheProcess()], 0)]), 1 + 1))
+
+
+SCRIPT = """
+import sys
+print("imported", __name__, file=sys.stderr)
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[1])
+    import torch
+    from tokenizers import Tokenizer
+    import numpy as np
+    from data.word_cache import encode_chunks
+    chunks = [(["A cat sat."], number) for number in range(8)]
+    made = list(encode_chunks(Tokenizer.from_file("tokenizer.json"), np.dtype("<u2"), b"", iter(chunks), 2))
+    print(len(made), __file__.endswith("script.py"), __spec__)
+"""
+
+
+def test_processes_do_not_import_the_script_and_torch_with_it(tmp_path, tokenizer):
+    """On Windows, torch for CUDA takes gigabytes of memory in each process."""
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    done = subprocess.run([sys.executable, "script.py", str(REPO)], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("8 True None\n", "imported __main__\n")
 
 
 def test_only_much_text_is_worth_processes():
