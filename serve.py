@@ -153,7 +153,7 @@ class Service:
 
     async def health(self, request: Request) -> Response:
         alive = all(thread.is_alive() for thread in self.threads)
-        running = sum(not row.done for thread in self.threads for row in thread.engine.rows)  # idle, it has done ones
+        running = sum(not row.done for thread in self.threads for row in thread.engine.rows)  # not the done ones
         waiting = max(0, sum(len(thread.open) for thread in self.threads) - running)
         return JSONResponse({"status": "ok" if alive else "failed", **self.about, "waiting": waiting,
                              "running": running}, 200 if alive else 503)

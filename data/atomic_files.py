@@ -37,8 +37,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def replace_file(part: Path, path: Path) -> None:
-    """Rename `part` to `path`. Windows refuses that while a program, such as a virus scanner, has `path` open: so this
-    tries again for two seconds. Raises OSError."""
+    """os.replace(), tried again for two seconds: Windows refuses it while a program, such as a virus scanner, has a
+    file open."""
     for _ in range(40):
         with contextlib.suppress(PermissionError):
             return os.replace(part, path)

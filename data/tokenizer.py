@@ -29,7 +29,7 @@ SETTINGS = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_ST
             "pad_token": SPECIAL_TOKENS[1], "unk_token": SPECIAL_TOKENS[2], "clean_up_tokenization_spaces": False}
 LONG_WORD = re.compile(r"(?:[^\W\d_]{100}|\d{100}|(?:[^\w\s]|_){100})(?=\S)")
 REPORT_STORIES = 1_000  # held-out stories that tokenizer_report() measures
-tqdm.set_lock(threading.RLock())  # not its own, which after a signal (see below) is a "leaked semaphore"
+tqdm.set_lock(threading.RLock())  # of tqdm's own lock, Python reports a leaked semaphore if a signal ends the program
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

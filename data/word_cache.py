@@ -113,17 +113,17 @@ def encode_chunks(tokenizer: Tokenizer, dtype: np.dtype, separator: bytes, chunk
 
 @contextlib.contextmanager
 def _hidden_script() -> Iterator[None]:
-    """Processes started meanwhile do not import the script that runs, as multiprocessing would have it.
+    """Processes that are started meanwhile do not import the script that runs, which multiprocessing would let them do.
 
-    With it they would import torch, which takes seconds and, for CUDA on Windows, gigabytes of memory for each process.
+    The scripts import torch, which takes seconds and more than 500 MB of memory in each process.
     """
-    main = sys.modules["__main__"].__dict__
-    hidden = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
-    main["__spec__"] = None
+    main = vars(sys.modules["__main__"])
+    script = main.pop("__file__", None)
     try:
         yield
     finally:
-        main.update(hidden)
+        if script is not None:
+            main["__file__"] = script
 
 
 def _start_process(tokenizer: str, encode_special_tokens: bool, dtype: np.dtype, separator: bytes) -> None:

@@ -136,16 +136,16 @@ if __name__ == "__main__":
     from data.word_cache import encode_chunks
     chunks = [(["A cat sat."], number) for number in range(8)]
     made = list(encode_chunks(Tokenizer.from_file("tokenizer.json"), np.dtype("<u2"), b"", iter(chunks), 2))
-    print(len(made), __file__.endswith("script.py"), __spec__)
+    print(len(made), __file__.endswith("script.py"))
 """
 
 
 def test_processes_do_not_import_the_script_and_torch_with_it(tmp_path, tokenizer):
-    """On Windows, torch for CUDA takes gigabytes of memory in each process."""
+    """torch takes seconds, and more memory than all the rest, in each process."""
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     done = subprocess.run([sys.executable, "script.py", str(REPO)], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("8 True None\n", "imported __main__\n")
+    assert (done.stdout, done.stderr) == ("8 True\n", "imported __main__\n")
 
 
 def test_only_much_text_is_worth_processes():
