@@ -29,11 +29,12 @@ class StaticCache(KVCache):
         self.device, self.lengths, self.slots = lengths.device, lengths, slots
 
     def positions(self, seq_len: int) -> tuple[Tensor, Tensor]:
-        positions = self.lengths[:, None] + torch.arange(seq_len, device=self.device)  # (rows, seq_len)
-        return positions, cache_mask(positions, self.slots)
+        positions = self.lengths[:, None]  # (rows, 1): a step is one token
+        return positions, cache_mask(positions, self.slots).type_as(self.layers[0][0])
 
     def append(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        super().append(layer, positions, keys, values)
+        for cached, new in zip(self.layers[layer], (keys, values), strict=True):
+            cached.scatter_(2, positions[:, None, :, None].expand_as(new), new.type_as(cached))
         return self.layers[layer]  # all slots, since a graph has fixed shapes
 
     def advance(self, seq_len: int) -> None:

@@ -89,16 +89,16 @@ def decode_step(model: Transformer, cache: KVCache, batch: Batch, used: frozense
     logits = model(batch.tokens, cache=cache)[:, -1, :batch.seen.shape[1]].float()  # (rows, num_tokens)
     uniforms = batch.uniforms.index_select(1, batch.step)[:, 0]  # (rows,)
     tokens = sample_next(logits, uniforms, batch.settings, used, batch.seen)[:, None]  # (rows, 1)
-    total = logits.logsumexp(dim=-1, keepdim=True)  # (rows, 1)
+    log_probabilities = logits.log_softmax(dim=-1)  # (rows, num_tokens)
     if "repetition_penalty" in used:
         batch.seen.scatter_(1, tokens, True)
     if batch.likely.shape[2]:
-        likely_logits, likely = logits.topk(batch.likely.shape[2])  # (rows, alternatives)
+        likely_log, likely = log_probabilities.topk(batch.likely.shape[2])  # (rows, alternatives)
         batch.likely.index_copy_(1, batch.step, likely[:, None])
-        batch.likely_log.index_copy_(1, batch.step, (likely_logits - total)[:, None])
+        batch.likely_log.index_copy_(1, batch.step, likely_log[:, None])
     batch.tokens.copy_(tokens)
     batch.new.index_copy_(1, batch.step, tokens)
-    batch.log_probabilities.index_copy_(1, batch.step, logits.gather(1, tokens) - total)
+    batch.log_probabilities.index_copy_(1, batch.step, log_probabilities.gather(1, tokens))
     batch.step.add_(1)
 
 

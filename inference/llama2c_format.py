@@ -65,7 +65,7 @@ def write_llama2c(folder: Path, checkpoint: dict[str, Any], model: ModelConfig) 
                 _write(file, weight)
         _write(file, weights["norm.weight"])
         for table in rope_tables(model):  # run.c skips them
-            _write(file, table)
+            _write(file, table[:, model.rotary_dim // 2:])  # (max_seq_len, rotary_dim / 2)
         if not model.tie_embeddings:
             _write(file, weights["output.weight"][order])
     with (folder / TOKENIZER).open("wb") as file:

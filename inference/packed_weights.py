@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from config import UserError
 from device import choose_precision, speedup
-from model import Attention, FeedForward, Transformer, TransformerBlock, apply_rope
+from model import Attention, FeedForward, Transformer, TransformerBlock
 
 MANY_ROWS = 5  # from so many stories at once, int8 no longer pays on every CPU
 
@@ -86,7 +86,7 @@ class PackedBlock(TransformerBlock):
 
 
 class PackedAttention(Attention):
-    """Attention with one product for queries, keys and values, and one rotation for queries and keys."""
+    """Attention of packed matrices."""
 
     def __init__(self, attention: Attention, compute: str) -> None:
         nn.Module.__init__(self)
@@ -98,12 +98,8 @@ class PackedAttention(Attention):
         self.wqkv.load([attention.wq, attention.wk, attention.wv])
         self.wo.load([attention.wo])
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heads, kv_heads = self.config.n_heads, self.config.kv_heads
-        states = self.wqkv(x).view(*x.shape[:2], -1, self.config.head_dim)  # (batch, seq_len, all heads, head_dim)
-        rotated, values = states.split([heads + kv_heads, kv_heads], dim=2)
-        queries, keys = apply_rope(rotated, cos, sin).split([heads, kv_heads], dim=2)
-        return queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
+    def multiply_qkv(self, x: Tensor) -> Tensor:
+        return self.wqkv(x)
 
 
 class PackedFeedForward(nn.Module):
@@ -124,8 +120,9 @@ class PackedFeedForward(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """Linear layers of one input joined to one, in float32, bf16 or int8. Takes and returns float32, (..., features).
+    """Linear layers of one input joined to one, in float32, bf16 or int8. Input and output: (..., features).
 
+    The output is float32; on a GPU it has the dtype of the weights, as in training, which saves a kernel for each cast.
     On the CPU, float32 and bf16 weights are laid out for oneDNN once, as torch.compile's freezing does. int8: weights
     in 255 steps with one scale for each output, products in bf16.
     """
@@ -153,7 +150,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.multiply(x.to(self.dtype).flatten(0, -2), self.weight)  # (all rows, outputs of all)
-        return out.float().view(*x.shape[:-1], self.outputs)
+        return (out if out.is_cuda else out.float()).view(*x.shape[:-1], self.outputs)
 
     def multiply_int8(self, x: Tensor, weight: Tensor) -> Tensor:
         x = F.pad(x, (0, weight.shape[1] - x.shape[1])) if x.shape[1] < weight.shape[1] else x

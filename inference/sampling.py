@@ -10,7 +10,7 @@ from config.schema import SamplingConfig
 
 NEUTRAL = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}  # values that change nothing
 TOP_CANDIDATES = 64  # on a CPU, only so many of the most likely tokens are sorted, unless a row needs more
-FEW_ROWS = 64  # up to so many, threshold() tests seven bounds at a time, since small kernels cost their launch alone
+TRIALS = 64  # of all rows together in a pass of threshold(): few rows take few passes, whose launches are what they cost
 
 
 def settings_tensor(rows: Sequence[SamplingConfig]) -> Tensor:
@@ -91,14 +91,15 @@ def sample_from_top(logits: Tensor, uniforms: Tensor, limits: Sequence[Tensor], 
 
 def lowest_kept(logits: Tensor, limits: Sequence[Tensor], used: frozenset[str]) -> Tensor:
     """The value of the least likely token that is kept in each row, float32, (rows, 1)."""
-    (top_k, top_p, min_p), lowest = limits, torch.full_like(logits[:, :1], -math.inf)
+    top_k, top_p, min_p = limits
+    lowest, weights = min_p.log(), logits.exp()
     if "top_k" in used:
-        lowest = torch.where(top_k > 0, threshold(logits, torch.ones_like(logits), top_k), -math.inf)
+        of_k = torch.where(top_k > 0, threshold(logits, torch.ones_like(logits), top_k), -math.inf)
+        lowest, weights = torch.maximum(lowest, of_k), weights * (logits >= of_k)
     if "top_p" in used:
-        weights = logits.exp() * (logits >= lowest)
         of_p = threshold(logits, weights, top_p * weights.sum(dim=-1, keepdim=True))
         lowest = torch.maximum(lowest, torch.where(top_p < 1, of_p, -math.inf))
-    return torch.maximum(lowest, min_p.log())
+    return lowest
 
 
 def threshold(logits: Tensor, weights: Tensor, target: Tensor) -> Tensor:
@@ -109,10 +110,10 @@ def threshold(logits: Tensor, weights: Tensor, target: Tensor) -> Tensor:
     """
     target = torch.minimum(target, (1 - 1e-6) * weights.sum(dim=-1, keepdim=True))  # less, as sums are rounded
     keys = (0 - logits).view(torch.int32)  # the more likely, the smaller; 0 minus, since the bits of -0.0 are negative
-    bits = 3 if len(logits) <= FEW_ROWS else 1
+    bits = max(1, (TRIALS // len(logits)).bit_length() - 1)  # found in a pass
     bound, steps = torch.zeros_like(keys[:, :1]), torch.arange(1, 2**bits, device=keys.device, dtype=torch.int32)
     for shift in (*range(31 - bits, 0, -bits), 0):
-        trials = bound + (steps << shift)  # (rows, 7 or 1)
-        below = torch.where(keys[:, None] < trials[:, :, None], weights[:, None], 0).sum(dim=-1)  # (rows, 7 or 1)
-        bound = bound + ((below < target).sum(dim=-1, keepdim=True, dtype=torch.int32) << shift)
+        trials = bound.add(steps, alpha=1 << shift)  # (rows, 2**bits - 1)
+        below = torch.where(keys[:, None] < trials[:, :, None], weights[:, None], 0).sum(dim=-1)  # as trials
+        bound = bound.add(torch.searchsorted(below, target, out_int32=True), alpha=1 << shift)  # how many are < target
     return -bound.view(torch.float32)
