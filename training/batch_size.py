@@ -23,7 +23,7 @@ def estimate_memory(model: Transformer, batch_size: int, bf16: bool, use_compile
     kept_by_layer = m.d_model * (8 * width + 18) + m.d_ffn * 4 * width  # per token
     logits = m.vocab_size * (width + 4 + 4 + 4)  # logits, their float32 copy, their log-softmax, their gradient
     if use_compile and device not in ("cpu", "mps"):  # measured on an H200, see tests/training/test_batch_size.py
-        kept_by_layer, logits = m.d_model * (6 * width + 10) + m.d_ffn * 2 * width, m.vocab_size * 2 * width
+        kept_by_layer, logits = m.d_model * (8 * width + 10) + m.d_ffn * 2 * width, m.vocab_size * 2 * width
     if device == "cpu":
         kept_by_layer += m.n_heads * m.max_seq_len * width / 2  # the attention weights, half of which are masked
     if model.gradient_checkpointing:

@@ -4,8 +4,8 @@
     python tests/benchmarks/training.py --against transformers       its LlamaForCausalLM with the same step around it
     python tests/benchmarks/training.py --profile                    a step by operation, and what each should cost
     python tests/benchmarks/training.py --outside                    a short real run: the shares of its time
-    python tests/benchmarks/training.py --variants                   the compiler's options, attention kernels, dropout,
-                                                                     CUDA graphs, Muon, ..., each beside the main config
+    python tests/benchmarks/training.py --variants                   other models, recipes and ways to compute, each
+                                                                     beside the main config
     python tests/benchmarks/training.py --everything --minutes 6     all of it, as far as the time goes
     python tests/benchmarks/training.py --variants --peers FOLDER    and llama2.c and nanoGPT, if FOLDER has them
 
@@ -40,8 +40,6 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-from torch.nn.attention import flex_attention as flex  # noqa: E402
 
 import model as model_module  # noqa: E402
 import train  # noqa: E402
@@ -92,12 +90,6 @@ def make_step(config: Config, way: str, device: torch.device, compiler: dict[str
     compute, compiler = model, {"options": compiler_options(device) or None} if compiler is None else compiler
     if "compiled" in way:
         compute = torch.compile(model, dynamic=False, **compiler)
-    if compiler.get("mode") == "reduce-overhead":
-        # gradients that a graph made are overwritten when it runs again: add them to what is not its own
-        gradients = [torch.zeros_like(parameter) for parameter in model.parameters()]
-        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-            parameter.grad = gradient
-        run.optimizer.zero_grad = lambda set_to_none: torch._foreach_zero_(gradients)
     forward = (lambda x, y: compute(input_ids=x, labels=x).loss) if "transformers" in way else compute  # it shifts
 
     def step() -> None:
@@ -186,18 +178,9 @@ def patched(owner: object, **values: object) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def flex_mask(tokens: Tensor) -> object:
-    """story_mask() for flex_attention, which skips the blocks that nobody sees."""
-    story = (tokens == model_module.SEPARATOR).cumsum(dim=1)
-
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (story[batch, query] == story[batch, key]) & (query >= key)
-
-    return flex.create_block_mask(sees, len(tokens), None, tokens.shape[1], tokens.shape[1], device=tokens.device)
-
-
-def flex_attend(queries: Tensor, keys: Tensor, values: Tensor, mask: object = None) -> Tensor:
-    return flex.flex_attention(queries, keys, values, block_mask=mask, enable_gqa=queries.shape[1] > keys.shape[1])
+def multiply_as_stored(x: Tensor, *layers: nn.Linear) -> Tensor:
+    """model.multiply() without transposing the weights, which may pay on one kind of GPU and not on another."""
+    return F.linear(x, torch.cat([layer.weight for layer in layers]))
 
 
 class JoinedLoss(Transformer):
@@ -253,19 +236,25 @@ def peers(folder: Path, config: Config) -> dict[str, Callable[[], nn.Module]]:
 
 
 def variants_of(config: Config, args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """What is compared with the config, the most important first. Each makes a step and the context to run it in."""
+    """What is compared with the config, the most important first. Each makes a step."""
     def change(section: str, **values: Any) -> Config:
         return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
 
     def variant(changed: Config = config, way: str = BASE, compiler: dict[str, Any] | None = None,
                 model: Callable[[], nn.Module] | None = None, context: Callable[[], Any] = contextlib.nullcontext,
-                ) -> Callable[[], tuple[Callable[[], None], Any]]:
-        return lambda: (make_step(changed, way, device, compiler, model and model())[0], context)
+                ) -> Callable[[], Callable[[], None]]:
+        def make() -> Callable[[], None]:
+            step, _ = make_step(changed, way, device, compiler, model and model())
 
-    plain, options = change("model", dropout=0.0), compiler_options(device)
+            def step_in_context() -> None:  # the config's own steps, in turn with these, are outside of it
+                with context():
+                    step()
+            return step_in_context
+        return make
+
+    plain = change("model", dropout=0.0)
     masked = dataclasses.replace(plain, model=dataclasses.replace(plain.model, mask_stories=True),
                                  optimizer=dataclasses.replace(config.optimizer, type="muon"))
-    tuned = {"options": {**options, "coordinate_descent_tuning": True, "max_autotune_pointwise": True}}
     found = {"dropout 0": variant(plain)}
     found |= {f"{name}, dropout 0": variant(plain, model=make) for name, make in
               (peers(args.peers, plain) if args.peers else {}).items()}
@@ -273,18 +262,11 @@ def variants_of(config: Config, args: argparse.Namespace, device: torch.device) 
         "transformers, dropout 0": variant(plain, f"transformers {BASE}"),
         "speedrun: Muon, masked stories, dropout 0": variant(masked),
         "Muon, dropout 0": variant(dataclasses.replace(masked, model=plain.model)),
-        "Muon, stories masked by flex_attention": variant(masked, context=lambda: patched(
-            model_module, story_mask=flex_mask, flash_attention=flex_attend)),
+        "weights not transposed": variant(context=lambda: patched(model_module, multiply=multiply_as_stored)),
         "torch.compile without train.py's options": variant(compiler={}),
-        "coordinate descent, max_autotune_pointwise": variant(compiler=tuned),
-        "CUDA graphs of the whole step": variant(compiler={"mode": "reduce-overhead"}),
-        "attention: flash kernels": variant(context=lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION)),
-        "attention: cudnn kernels": variant(context=lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)),
-        "dropout's random numbers by torch, kept for backward": variant(
-            compiler={"options": {**options, "fallback_random": True}}),
         "F.linear_cross_entropy": variant(model=lambda: JoinedLoss(config.model)),
     }
-    return {name: make for name, make in found.items() if device.type == "cuda" or "CUDA" not in name}
+    return found
 
 
 def measure_variants(name: str, config: Config, args: argparse.Namespace, peak: float, check_time: Callable[[], None],
@@ -303,15 +285,14 @@ def measure_variants(name: str, config: Config, args: argparse.Namespace, peak: 
         check_time()
         try:
             start = time.perf_counter()
-            step, context = make()
-            with context():
-                for _ in range(4):  # a graph warms up, is recorded and only then replayed
-                    seconds_of(step, device, 0)
-                first = time.perf_counter() - start
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                times = [(seconds_of(step, device, args.seconds), seconds_of(base, device, args.seconds))
-                         for _ in range(args.repeats)]
+            step = make()
+            seconds_of(step, device, 0)
+            seconds_of(step, device, 0)
+            first = time.perf_counter() - start
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            times = [(seconds_of(step, device, args.seconds), seconds_of(base, device, args.seconds))
+                     for _ in range(args.repeats)]
             memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else math.nan
             own, beside = (tokens / statistics.median(of) for of in zip(*times, strict=True))
             print(f"| {variant} | {own:,.0f} | {own * flops / peak:.1%} | {own / beside:.3f} | {first:.0f} | "

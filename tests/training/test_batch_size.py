@@ -92,9 +92,9 @@ def test_whatever_a_library_says_of_too_little_memory_it_is_understood(message):
     assert found(quickstart(*step_of(32)), fits=9, message=message) == (8, 4, [32, 16, 8])
 
 
-@pytest.mark.parametrize(("size", "measured"), [(64, 5.0), (256, 18.8)])
+@pytest.mark.parametrize(("size", "measured"), [(128, 10.3), (256, 20.1)])
 def test_the_estimate_for_a_gpu_is_near_what_was_measured(size, measured):
-    """GiB, one H200, 2026-11-26: the main shape in bf16, compiled, dropout 0.1, sequences of 512."""
+    """GiB, one H200, 2026-11-28: the main shape in bf16, compiled, dropout 0.1, sequences of 512."""
     with torch.device("meta"):
         model = Transformer(load_config(MAIN_CONFIG).model)
     assert estimate_memory(model, size, True) / 2**30 == pytest.approx(measured, rel=0.1)
