@@ -100,8 +100,8 @@ def cache_mask(positions: Tensor, slots: int) -> Tensor:
 def multiply(x: Tensor, *layers: nn.Linear) -> Tensor:
     """The outputs of linear layers of one input, joined, (batch, seq_len, outputs of all): one product is faster.
 
-    On a GPU the weights are transposed first, since cuBLAS then computes the gradients of weights with more outputs than
-    inputs 1.4 times as fast (H200).
+    On a GPU the weights are transposed first, since cuBLAS then computes the gradients of weights with more outputs
+    than inputs 1.4 times as fast (H200).
     """
     weight = torch.cat([layer.weight for layer in layers])  # (outputs of all, inputs)
     return x @ weight.t().contiguous() if x.is_cuda else F.linear(x, weight)

@@ -406,7 +406,7 @@ def measure_machine(device: torch.device) -> tuple[dict[str, float], float]:
         return min(seconds_of(work, device, 0) for _ in range(6))
 
     torch.set_float32_matmul_precision("high")  # as train.py sets it
-    size, products = 8192 if device.type == "cuda" else 2048, {}
+    size, products = 8192 if device.type == "cuda" else 1024, {}
     for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
         a = torch.randn(size, size, device=device).to(dtype)
         products[name] = 2 * size ** 3 / best(lambda a=a: a @ a)
