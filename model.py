@@ -81,8 +81,7 @@ class KVCache:
             if isinstance(positions, slice):
                 cached[:rows, :, positions] = new
             else:
-                row = torch.arange(rows, device=self.device)[:, None]  # (rows, 1)
-                cached[row, :, positions] = new.transpose(1, 2).type_as(cached)  # (rows, seq_len, n_kv_heads, head_dim)
+                cached[:rows].scatter_(2, positions[:, None, :, None].expand_as(new), new.type_as(cached))
         keys, values = self.layers[layer]
         return keys[:rows, :, :end], values[:rows, :, :end]
 

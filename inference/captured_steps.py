@@ -33,8 +33,7 @@ class StaticCache(KVCache):
         return positions, cache_mask(positions, self.slots).type_as(self.layers[0][0])
 
     def append(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        for cached, new in zip(self.layers[layer], (keys, values), strict=True):
-            cached.scatter_(2, positions[:, None, :, None].expand_as(new), new.type_as(cached))
+        super().append(layer, positions, keys, values)
         return self.layers[layer]  # all slots, since a graph has fixed shapes
 
     def advance(self, seq_len: int) -> None:

@@ -258,7 +258,7 @@ def variants_of(config: Config, args: argparse.Namespace, device: torch.device) 
     found = {"dropout 0": variant(plain)}
     found |= {f"{name}, dropout 0": variant(plain, model=make) for name, make in
               (peers(args.peers, plain) if args.peers else {}).items()}
-    found |= {
+    return found | {
         "transformers, dropout 0": variant(plain, f"transformers {BASE}"),
         "speedrun: Muon, masked stories, dropout 0": variant(masked),
         "Muon, dropout 0": variant(dataclasses.replace(masked, model=plain.model)),
@@ -266,7 +266,6 @@ def variants_of(config: Config, args: argparse.Namespace, device: torch.device) 
         "torch.compile without train.py's options": variant(compiler={}),
         "F.linear_cross_entropy": variant(model=lambda: JoinedLoss(config.model)),
     }
-    return found
 
 
 def measure_variants(name: str, config: Config, args: argparse.Namespace, peak: float, check_time: Callable[[], None],
