@@ -136,7 +136,7 @@ class Attention(nn.Module):
         queries, keys, values = self.project(x, cos, sin)
         if cache is not None:
             keys, values = cache.append(self.layer, positions, keys, values)  # (batch, n_kv_heads, all_len, head_dim)
-        fused = cache is None or (mask is not None and x.device.type == "cuda")  # see plain_attention()
+        fused = cache is None or x.shape[1] == 1  # is_causal=True means that the queries are the first of all_len
         attend = flash_attention if fused and self.config.use_flash_attention else plain_attention
         out = attend(queries, keys, values, mask)  # (batch, n_heads, seq_len, head_dim)
         return self.wo(out.transpose(1, 2).reshape(x.shape))  # (batch, seq_len, d_model)
@@ -157,9 +157,14 @@ def flash_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor 
                     block: int = 128) -> Tensor:
     """Causal attention by torch's fused kernels; with a mask (see story_mask()), masked attention.
 
-    queries: (batch, n_heads, seq_len, head_dim); keys, values: (batch, n_kv_heads, seq_len, head_dim). On the CPU those
-    kernels are slow, so each block of queries is multiplied with the keys up to the block's end instead.
+    queries: (batch, n_heads, seq_len, head_dim); keys, values: (batch, n_kv_heads, seq_len, head_dim), or any number of
+    them for a single query, which sees all. On the CPU those kernels are fast only for such a query; otherwise each
+    block of queries is multiplied with the keys up to the block's end instead.
     """
+    mask = mask.type_as(keys) if mask is not None else None
+    if queries.shape[2] == 1:  # the heads of a group become queries of their one key/value head
+        grouped = queries.reshape(len(queries), keys.shape[1], -1, queries.shape[3]).type_as(keys)
+        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(queries.shape)
     if queries.device.type == "cpu":
         ends = range(block, queries.shape[2] + block, block)
         return torch.cat([plain_attention(rows, keys[:, :, :end], values[:, :, :end],
@@ -169,28 +174,23 @@ def flash_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor 
     if mask is None:
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=group > 1)
     keys, values = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (keys, values))  # no kernel has both
-    return F.scaled_dot_product_attention(queries.type_as(keys), keys, values, attn_mask=mask.type_as(keys))
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
 
 
 def plain_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
     """The same written out: softmax(Q K^T / sqrt(head_dim) + mask) V (Vaswani et al., 2017, eq. 1).
 
     keys, values: (batch, n_kv_heads, all_len, head_dim); the queries are the last of all_len, unless a mask, (batch or
-    1, 1, seq_len, all_len), 0 or -inf, says what each query sees. With one query a row, this is faster on a CPU than
-    the fused kernels.
+    1, 1, seq_len, all_len), 0 or -inf, says what each query sees.
     """
     batch, heads, seq_len, head_dim = queries.shape
     # the heads of a group become queries of their one key/value head: (batch, n_kv_heads, group * seq_len, head_dim)
     grouped = (queries / math.sqrt(head_dim)).reshape(batch, keys.shape[1], -1, head_dim).type_as(keys)
-    if seq_len == 1:  # this order is faster on a CPU
-        scores = (keys @ grouped.transpose(2, 3)).transpose(2, 3)  # (batch, n_kv_heads, group, all_len)
-    else:
-        scores = grouped @ keys.transpose(2, 3)  # (batch, n_kv_heads, group * seq_len, all_len)
-        if mask is None:
-            causal = torch.full((seq_len, keys.shape[2]), -math.inf, device=keys.device)
-            mask = causal.triu(keys.shape[2] - seq_len + 1)
-    if mask is not None:
-        scores = (scores.reshape(batch, heads, seq_len, -1) + mask.type_as(scores)).view(scores.shape)
+    scores = grouped @ keys.transpose(2, 3)  # (batch, n_kv_heads, group * seq_len, all_len)
+    if mask is None:
+        causal = torch.full((seq_len, keys.shape[2]), -math.inf, device=keys.device)
+        mask = causal.triu(keys.shape[2] - seq_len + 1)
+    scores = (scores.reshape(batch, heads, seq_len, -1) + mask.type_as(scores)).view(scores.shape)
     attention_weights = scores.softmax(dim=-1).type_as(values)
     return (attention_weights @ values).view(queries.shape).type_as(queries)
 

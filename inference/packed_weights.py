@@ -154,7 +154,7 @@ class PackedLinear(nn.Module):
 
     def multiply_int8(self, x: Tensor, weight: Tensor) -> Tensor:
         x = F.pad(x, (0, weight.shape[1] - x.shape[1])) if x.shape[1] < weight.shape[1] else x
-        return torch.ops.aten._weight_int8pack_mm(x, weight, self.scales)
+        return torch._weight_int8pack_mm(x, weight, self.scales)
 
 
 def prepack(weight: Tensor) -> Tensor:

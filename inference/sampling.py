@@ -9,7 +9,7 @@ from torch import Tensor
 from config.schema import SamplingConfig
 
 NEUTRAL = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}  # values that change nothing
-TOP_CANDIDATES = 64  # on a CPU, only so many of the most likely tokens are sorted, unless a row needs more
+TOP_CANDIDATES = 32  # on a CPU, only so many of the most likely tokens are sorted, unless a row needs more
 TRIALS = 64  # of all rows together in a pass of threshold(): few rows take fewer passes, which cost their launches
 
 
