@@ -22,7 +22,7 @@ from config.wording import counted, one_line
 # peak dense bf16 FLOP/s with float32 accumulation, from the vendors' data sheets, by a part of torch's device name
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12,
               "RTX 3090": 71e12}
-OUT_OF_MEMORY = re.compile("out of memory|allocate memory|STATUS_ALLOC_FAILED|bad_alloc|"
+OUT_OF_MEMORY = re.compile("out of memory|not enough memory|allocate memory|STATUS_ALLOC_FAILED|bad_alloc|"
                            "Storage size calculation overflowed")
 COMPILE_PAYS = 1e14  # FLOP; a shorter run on the CPU does not earn back the tens of seconds that compiling takes
 
@@ -117,7 +117,7 @@ def choose_compile(model: nn.Module, probe: Callable[[Callable], object], device
     try:  # the only way to know whether a working compiler is installed
         probe(compiled)
     except Exception as error:
-        if OUT_OF_MEMORY.search(str(error)):
+        if is_out_of_memory(error):
             raise
         lines = str(error).strip().splitlines() or [""]
         reason = f"{type(error).__name__}: {lines[0][:80]}"
@@ -141,17 +141,20 @@ def compiler_options(device: torch.device) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if name in inductor.get_config_copy()}
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the machine had too little memory."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
 @contextlib.contextmanager
-def explain_out_of_memory() -> Iterator[None]:
+def explain_out_of_memory(advice: str) -> Iterator[None]:
     """Turn running out of the device's or the machine's memory into a UserError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not OUT_OF_MEMORY.search(str(error)):
+        if not is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory ({one_line(error)}): lower training.batch_size and raise training."
-                        "gradient_accumulation_steps by the same factor, or set training.use_gradient_checkpointing: "
-                        "true, or make the model smaller") from None
+        raise UserError(f"out of memory ({one_line(error) or type(error).__name__}): {advice}") from None
 
 
 def keep_freed_memory() -> None:

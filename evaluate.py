@@ -6,20 +6,24 @@
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from config import UserError, check_overrides, config_from_dict, run_script
-from config.command_line import Parser, not_negative, parse_before_imports, positive
+from config.command_line import Parser, file_path, not_negative, parse_before_imports, positive
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description="Did it work? Checks, likelihood and stories of a checkpoint.")
-    parser.add_argument("--checkpoint", type=Path, help="a .pth file (default: the newest under checkpoints/)")
+    parser = Parser(description="Evaluate a checkpoint: checks, likelihood, and generated stories beside "
+                    "real ones.")
+    parser.add_argument("--checkpoint", type=file_path, help="a .pth file, or a folder of Hugging Face "
+                        "transformers (default: the best model of the newest run under checkpoints/)")
     parser.add_argument("--data", metavar="FILE", help="only score this text, a file, folder or glob, byte for byte: "
                         "models with different tokenizers compare in bits per byte")
     parser.add_argument("--num_stories", type=not_negative, default=200, help="how many stories to generate and "
@@ -31,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--judge_stories", type=positive, default=50, help="how many stories, and as many real ones, "
                         "to mark (%(default)s)")
     parser.add_argument("--yes", action="store_true", help="do not ask before --judge begins")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the whole result, with the stories, as JSON")
+    parser.add_argument("--out", type=file_path, metavar="FILE", help="write the result, with the stories, as JSON")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE",
                         help="override one value of the checkpoint's config; may be given many times")
     args = parser.parse_args()
@@ -67,6 +71,7 @@ if __name__ == "__main__":
     arguments = parse_before_imports(parse_arguments)
 
 from data.atomic_files import atomic_write
+from device import explain_out_of_memory
 from evaluation.full_evaluation import evaluate_checkpoint
 from evaluation.judge import Judge, describe, judge_stories
 from evaluation.report import update_report
@@ -79,10 +84,26 @@ JUDGE = "judge.json"  # beside the checkpoint
 def confirm(yes: bool, cost: str) -> None:
     """Ask whether the judge is worth its cost. Raises UserError if not."""
     print(f"The judge: {cost}.")
-    if not yes and input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise UserError("--judge: not begun")
+    answer = "y" if yes else ""
+    if not yes:
+        with contextlib.suppress(EOFError):  # Ctrl-D
+            answer = input("Continue? [y/N] ")
+    if answer.strip().lower() not in ("y", "yes"):
+        raise UserError("--judge: cancelled")
 
 
+def write_result(path: Path | None, result: dict[str, Any]) -> None:
+    """Write what --out asks for, and show it in the report if it is the run's own evaluation."""
+    if path is None:
+        return
+    with atomic_write(path) as file:
+        file.write(json.dumps(result, indent=1, ensure_ascii=False).encode("utf-8"))
+    print(f"\nwritten: {path}")
+    if path.name == EVALUATION and "table" in result and (warning := update_report(path.parent)):
+        print(warning)
+
+
+@explain_out_of_memory("close what else uses the device, or compute on the CPU with --set hardware.device=cpu")
 def main(args: argparse.Namespace) -> None:
     if args.out and (args.out.is_dir() or (args.out.exists() and args.out.name != EVALUATION)):
         raise UserError(f"--out {args.out}: exists already; name another file, or remove it (only {EVALUATION} is "
@@ -90,6 +111,7 @@ def main(args: argparse.Namespace) -> None:
     path = args.checkpoint or newest_checkpoint()
     config = config_from_dict(load_checkpoint(path)["config"], str(path), args.overrides)
     result = evaluate_checkpoint(config, path, print, args.data, args.num_stories)
+    write_result(args.out, result)  # before a judge, who may fail
     if args.judge and "stories" not in result:
         raise UserError("--judge: there are no stories to mark, as the note above says")
     if args.judge:
@@ -99,12 +121,7 @@ def main(args: argparse.Namespace) -> None:
                                         path.parent / JUDGE, functools.partial(confirm, args.yes),
                                         config.training.show_progress)
         print("\n".join(describe(result["judge"])), f"\nwritten: {path.parent / JUDGE}", sep="\n")
-    if args.out:
-        with atomic_write(args.out) as file:
-            file.write(json.dumps(result, indent=1, ensure_ascii=False).encode("utf-8"))
-        print(f"\nwritten: {args.out}")
-        if args.out.name == EVALUATION and "table" in result and (warning := update_report(args.out.parent)):
-            print(warning)
+        write_result(args.out, result)
 
 
 if __name__ == "__main__":

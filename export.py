@@ -14,19 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, UserError, config_from_dict, run_script
-from config.command_line import Parser, parse_before_imports
+from config.command_line import Parser, file_path, parse_before_imports
 
 DTYPES = {"hf": ("float32", "bf16", "f16"), "gguf": ("float32", "bf16", "f16", "q8_0"), "llama2c": ("float32",)}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description="Export a checkpoint for other programs.")
-    parser.add_argument("--checkpoint", type=Path, help="a .pth file (default: the best model of the newest run under "
-                        "checkpoints/)")
+    parser.add_argument("--checkpoint", type=file_path, help="a .pth file, or a folder of Hugging Face "
+                        "transformers (default: the best model of the newest run under checkpoints/)")
     parser.add_argument("--format", choices=DTYPES, required=True, help="hf: a folder for Hugging Face transformers; "
                         "gguf: a file for llama.cpp; llama2c: a folder for run.c")
-    parser.add_argument("--out", type=Path, required=True, help="the folder (hf, llama2c) or file (gguf) to write")
-    parser.add_argument("--dtype", choices=DTYPES["gguf"], default="float32", help="of the matrices (%(default)s)")
+    parser.add_argument("--out", type=file_path, required=True, help="the folder (hf, llama2c) or file (gguf) to write")
+    parser.add_argument("--dtype", choices=DTYPES["gguf"], default="float32", help="data type of the weight matrices "
+                        "(%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace --out if it exists")
     args = parser.parse_args()
     if args.dtype not in DTYPES[args.format]:

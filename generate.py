@@ -18,21 +18,21 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from config import UserError, config_from_dict, run_script
-from config.command_line import Parser, parse_before_imports, positive
+from config.command_line import Parser, file_path, parse_before_imports, positive
 from config.schema import SAMPLING_SETTINGS, SamplingConfig, change_settings
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description="Generate stories with a trained model. Defaults are the sampling of its config.")
-    parser.add_argument("--checkpoint", type=Path, help="a .pth file (default: the best model of the newest run under "
-                        "checkpoints/)")
+    parser = Parser(description="Generate stories with a trained model. The defaults are those of "
+                    "the checkpoint's config, section sampling.")
+    parser.add_argument("--checkpoint", type=file_path, help="a .pth file, or a folder of Hugging Face "
+                        "transformers (default: the best model of the newest run under checkpoints/)")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", help="how the story begins (default: the first of sampling.prompts)")
-    prompts.add_argument("--prompts_file", type=Path, metavar="FILE", help="a UTF-8 text file with one prompt a line")
-    prompts.add_argument("--interactive", action="store_true", help="ask for one prompt after the other")
+    prompts.add_argument("--prompts_file", type=file_path, metavar="FILE", help="a UTF-8 file with one prompt a line")
+    prompts.add_argument("--interactive", action="store_true", help="read prompts from the terminal, one after another")
     parser.add_argument("--temperature", help="0: always the most likely token; higher: more varied")
     parser.add_argument("--top_k", help="sample from the k most likely tokens; 0: from all")
     parser.add_argument("--top_p", help="sample from the most likely tokens whose probabilities sum to this")
@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="end a story before this text; may be given many times")
     parser.add_argument("--seed", help="story i of a prompt is sampled with seed + i")
     parser.add_argument("--num_samples", type=positive, default=1, help="how many stories of each prompt (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write each story as a line of JSON to a new file")
+    parser.add_argument("--out", type=file_path, metavar="FILE", help="write each story as a JSON line to a new file")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     parser.add_argument("--compute", choices=("auto", "float32", "bf16", "int8"), default="auto",
                         help="auto: bf16 where the device is faster with it, else float32; int8 (8-bit weights) for a "
@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    arguments = parse_before_imports(parse_arguments, spin=True)  # a token is many small products
+    arguments = parse_before_imports(parse_arguments, spin=True)  # a token takes many small products
 
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -67,7 +67,7 @@ from tqdm import tqdm
 from data.atomic_files import create_file, name_in_errors
 from data.readers import SEPARATOR, read_prompts
 from data.tokenizer import token_bytes, tokenizer_from_json
-from device import choose_device, unused_gpu
+from device import choose_device, explain_out_of_memory, unused_gpu
 from evaluation.checklist import GOOD_LOSS
 from inference.engine import Continuation
 from inference.generation import Story, encode_prompts, generate_stories
@@ -85,7 +85,7 @@ HELP = """Type the beginning of a story and press Enter (nothing: from scratch).
 
 def print_as_it_grows(tokenizer: Tokenizer, stops: Sequence[str] = ()) -> Callable[[list[Continuation]], None]:
     """A function that prints the new text of the one running story."""
-    growing, printed = GrowingText(token_bytes(tokenizer), stops), None  # printed: how many of the new tokens
+    growing, printed = GrowingText(token_bytes(tokenizer), stops), 0  # printed: how many of the new tokens
     shown = 0.0  # when the story was printed last
 
     def watch(running: list[Continuation]) -> None:
@@ -94,9 +94,9 @@ def print_as_it_grows(tokenizer: Tokenizer, stops: Sequence[str] = ()) -> Callab
         if not story.done and time.perf_counter() - shown < FRAME:
             return
         shown = time.perf_counter()
-        if printed is None:
+        if not printed:
             print(tokenizer.decode(story.prompt, skip_special_tokens=True), end="")
-        print(growing.add(story.new[printed or 0:], story.done), end="", flush=True)
+        print(growing.add(story.new[printed:], story.done), end="", flush=True)
         printed = len(story.new)
 
     return watch
@@ -108,10 +108,13 @@ def generate_and_print(model: Transformer, tokenizer: Tokenizer, prompts: Sequen
     """Print stories: a single one as it grows, many in order with a progress bar. Calls record() for each story."""
     single, start, done, waiting, following = len(prompts) == 1, time.perf_counter(), [], {}, 0
     lengths: dict[int, int] = {}  # tokens of each story so far
+    beyond = False  # whether a story has outgrown the model's context
     print_growing = print_as_it_grows(tokenizer, stops) if single else lambda running: None
 
     def watch(running: list[Continuation]) -> None:
+        nonlocal beyond
         lengths.update((row.index, len(row.new)) for row in running)
+        beyond = beyond or any(len(row.context) < len(row.prompt) + len(row.new) for row in running)
         print_growing(running)
 
     progress = tqdm(total=len(prompts), desc="stories", unit="story", leave=False, disable=True if single else None)
@@ -133,7 +136,7 @@ def generate_and_print(model: Transformer, tokenizer: Tokenizer, prompts: Sequen
             notes.append(f"{len(done):,} of {len(prompts):,} stories generated")
         if cut:
             notes.append(f"{cut:,} cut after {sampling.max_new_tokens} new tokens (max_new_tokens)")
-        if max(lengths.values(), default=0) >= model.config.max_seq_len:
+        if beyond:
             notes.append(f"beyond its context of {model.config.max_seq_len} tokens, the model continued from the last "
                          "half of it")
         print("; ".join(notes), file=sys.stderr)
@@ -186,6 +189,7 @@ def tidy_prompts(prompts: Sequence[str]) -> list[str]:
     return tidy
 
 
+@explain_out_of_memory("close what else uses the device, or compute on the CPU with --device cpu")
 def main(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts_file) if args.prompts_file else []
     device, path = choose_device(args.device), args.checkpoint or newest_checkpoint()

@@ -97,7 +97,8 @@ def cache_mask(positions: Tensor, slots: int) -> Tensor:
 
 
 def multiply(x: Tensor, *layers: nn.Linear) -> Tensor:
-    """The outputs of linear layers of one input, joined, (batch, seq_len, outputs of all): one product is faster.
+    """Apply several linear layers to one input as a single product, which is faster. Returns their outputs,
+    concatenated: (batch, seq_len, outputs of all).
 
     On a GPU the weights are transposed first, since cuBLAS then computes the gradients of weights with more outputs
     than inputs 1.4 times as fast (H200).
@@ -136,7 +137,7 @@ class Attention(nn.Module):
         queries, keys, values = self.project(x, cos, sin)
         if cache is not None:
             keys, values = cache.append(self.layer, positions, keys, values)  # (batch, n_kv_heads, all_len, head_dim)
-        fused = cache is None or x.shape[1] == 1  # is_causal=True means that the queries are the first of all_len
+        fused = cache is None or x.shape[1] == 1  # with a cache, queries are the last of all_len
         attend = flash_attention if fused and self.config.use_flash_attention else plain_attention
         out = attend(queries, keys, values, mask)  # (batch, n_heads, seq_len, head_dim)
         return self.wo(out.transpose(1, 2).reshape(x.shape))  # (batch, seq_len, d_model)

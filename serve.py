@@ -1,4 +1,4 @@
-"""A page to write stories with, and an address from which programs get them.
+"""Serve a page for writing stories, and an HTTP API for programs.
 
     python serve.py                  the best model of the newest run, at http://127.0.0.1:7779
     python serve.py --checkpoint checkpoints/best_model.pth --port 8000
@@ -25,22 +25,22 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError, config_from_dict, run_script
-from config.command_line import Parser, not_negative, parse_before_imports, positive
+from config.command_line import Parser, file_path, not_negative, parse_before_imports, positive
 from config.schema import SAMPLING_SETTINGS, SamplingConfig, change_settings
 from config.wording import show
 
 PAGE = Path(__file__).parent / "inference" / "page.html"
-MAX_NEW_TOKENS, MAX_STOPS, MAX_STOP = 2048, 4, 100  # tokens and stop texts of a request; characters of one
+MAX_NEW_TOKENS, MAX_STOPS, MAX_STOP = 2048, 4, 100  # of a request: tokens, stop texts, characters of one
 CONNECTIONS = 500  # further ones are refused
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description="Serve a page to write stories with, and a trained model for programs.")
-    parser.add_argument("--checkpoint", type=Path, help="a .pth file, or a folder of Hugging Face transformers "
+    parser.add_argument("--checkpoint", type=file_path, help="a .pth file, or a folder of Hugging Face transformers "
                         "(default: the best model of the newest run under checkpoints/)")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (%(default)s: this machine only; "
                         "0.0.0.0: all of its addresses)")
-    parser.add_argument("--port", type=not_negative, default=7779, help="0: any free one (%(default)s)")
+    parser.add_argument("--port", type=not_negative, default=7779, help="0 picks a free one (%(default)s)")
     parser.add_argument("--rate_limit", type=positive, metavar="N", help="stories a minute for each client's address")
     parser.add_argument("--no_browser", action="store_true", help="do not open the page in a browser")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
@@ -64,7 +64,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from data.tokenizer import tokenizer_from_json
-from device import choose_device, unused_gpu
+from device import choose_device, explain_out_of_memory, unused_gpu
 from inference.generation import encode_prompts
 from inference.live_stories import ROWS, WAITING, LiveStories, LiveStory, server_sent
 from inference.openai_form import from_openai, to_openai
@@ -223,6 +223,7 @@ def has_screen() -> bool:
         os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")))
 
 
+@explain_out_of_memory("close what else uses the device, or compute on the CPU with --device cpu")
 def main(args: argparse.Namespace) -> None:
     path = args.checkpoint or newest_checkpoint()
     checkpoint = load_checkpoint(path)

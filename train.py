@@ -1,9 +1,9 @@
-"""Train a story-telling Llama: stories -> tokenizer -> token files -> batches -> model -> checkpoint -> stories.
+"""Train a Llama-2 model: stories -> tokenizer -> token files -> batches -> model -> checkpoint -> stories.
 
     python train.py                                                          a few minutes on a CPU
     python train.py --config config/train_config_tinystories_33M_TOP10K.yaml  the real model, on a GPU
 
-Start reading at train(), the loop, near the middle of the file.
+Start reading at train(), the loop, just below the imports.
 """
 
 import argparse
@@ -22,21 +22,22 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, UserError, add_config_arguments, check_overrides, config_from_dict, load_config, run_script
-from config.command_line import MAIN_CONFIG, QUICKSTART, Parser, parse_before_imports, positive
+from config.command_line import MAIN_CONFIG, QUICKSTART, Parser, file_path, parse_before_imports, positive
 
 
 def parse_arguments() -> tuple[argparse.Namespace, Config | None]:
     """The command line and its config; None for the config of the checkpoint, which needs torch to be read."""
-    parser = Parser(description="Train a story-telling Llama.")
+    parser = Parser(description="Train a Llama-2 model on stories.")
     add_config_arguments(parser, QUICKSTART)
     parser.add_argument("--num_epochs", type=positive, help="instead of training.num_epochs")
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), help="instead of hardware.device")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--checkpoint", type=Path, help="resume from this file; without --config, with its own config")
+    source.add_argument("--checkpoint", type=file_path, metavar="FILE", help="resume from this file; without --config, "
+                        "with its own config")
     source.add_argument("--resume", action="store_true", help="resume from the latest checkpoint in training.output_"
                         "dir, or start if there is none yet: the same command starts a run and continues it")
-    parser.add_argument("--init_from", type=Path, metavar="FILE_OR_FOLDER", help="start a new run with the weights and "
-                        "the tokenizer of a checkpoint, or of a folder of Hugging Face transformers (fine-tuning); "
+    parser.add_argument("--init_from", type=file_path, metavar="FILE_OR_FOLDER", help="start a new run with the "
+                        "weights and the tokenizer of a checkpoint, or of a folder of transformers (fine-tuning); "
                         "without --config, with the checkpoint's own config")
     parser.add_argument("--eval_only", action="store_true", help="only evaluate --checkpoint (default: the best)")
     args = parser.parse_args()
@@ -59,7 +60,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config.wording import counted, format_bytes
+from config.wording import counted, format_bytes, shell_argument
 from data.batches import dropout_seed
 from data.quality import check_quality
 from data.token_files import TokenFile, prepare_tokens
@@ -87,7 +88,7 @@ from training.optimizer import describe_optimizer, make_optimizer
 from training.run import Run, micro_batch, read_losses
 from training.run_folder import REPORT, RunFolder, lock_output_dir
 from training.schedule import learning_rate, schedule_notes
-from training.terminal import BOLD, announce_duration, open_bar, show_figures, styled, wrapped
+from training.terminal import announce_duration, bold, open_bar, show_figures, wrapped
 
 EARLY_STEPS, EARLY_TOKENS = (1, 10, 20, 50, 100, 200), 60  # where one story is shown, and of how many new tokens
 
@@ -96,7 +97,7 @@ def accumulate_gradients(forward: Callable[[Tensor, Tensor], Tensor], precision:
                          batches: Sequence[tuple[Tensor, Tensor]], seeds: Sequence[int] = ()) -> Tensor:
     """Backward over equal micro-batches, so that .grad is that of their mean loss. Returns that loss, float32, ().
 
-    seeds: of each micro-batch's dropout. With a DistributedDataParallel forward, the processes average once.
+    seeds: of each micro-batch's dropout. Under DistributedDataParallel, only the last backward pass averages gradients.
     """
     total = torch.zeros((), device=batches[0][0].device)
     for index, (inputs, targets) in enumerate(batches):
@@ -157,7 +158,7 @@ def train(run: Run, validation: TokenFile, total_steps: int) -> int:
                         "from an earlier step")
     if stopping:
         print(f"Stopped at step {run.iter_num:,} of {total_steps:,}, saved. To resume:\n"
-              f"  python train.py --checkpoint {shlex.quote(str(run.folder.path / LATEST))}")
+              f"  python train.py --checkpoint {shell_argument(run.folder.path / LATEST)}")
         return 128 + (signals or [signal.SIGTERM])[0]
     if run.iter_num < total_steps:
         print(f"Stopped early: {counted(run.evaluations_without_gain, 'evaluation')} without a better loss")
@@ -196,7 +197,7 @@ def evaluate_and_log(run: Run, validation: TokenFile) -> None:
         stories = run.sample(run.config.sampling)
     if not math.isfinite(result["val_loss"]):
         raise UserError(f"step {run.iter_num:,}: the validation loss is not finite; {BEST} is unchanged")
-    tqdm.write(styled(f"step {run.iter_num:,}, epoch {run.epoch:.2f}: {describe_evaluation(result)}", BOLD))
+    tqdm.write(bold(f"step {run.iter_num:,}, epoch {run.epoch:.2f}: {describe_evaluation(result)}"))
     for story in stories:
         tqdm.write(wrapped(story))
     run.folder.record({"type": "evaluation", "step": run.iter_num, "epoch": run.epoch, **result, "samples": stories})
@@ -310,7 +311,8 @@ def prepare_device(run: Run, validation: TokenFile, total_steps: int) -> Callabl
 
 
 def probe_batch(run: Run, forward: Callable, batch_size: int) -> None:
-    """A forward and a backward pass of the real shape, on two tensors, since torch.compile treats one specially."""
+    """A forward and a backward pass of the real shape. Inputs and targets are two tensors, since torch.compile
+    specializes on arguments that are the same object."""
     example = tuple(torch.zeros(batch_size, run.config.model.max_seq_len, dtype=int).to(run.device) for _ in range(2))
     accumulate_gradients(forward, run.precision, [example])
 
@@ -357,9 +359,10 @@ def prepare_run(config: Config, checkpoint: dict[str, Any] | None, source: Path 
 
 def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | None, resume: bool = False,
               initial: dict[str, Any] | None = None) -> int:
-    """From a config to a trained model and a story. Returns the exit status; with `resume`, a finished run is no error.
+    """From a config to a trained model and a story. Returns the exit status.
 
-    initial: a checkpoint whose weights and tokenizer a new run begins with.
+    resume: a run that has already finished is no error (--resume). initial: a checkpoint whose weights and tokenizer a
+    new run begins with.
     """
     device, training = choose_device(config.hardware.device), config.training
     checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
@@ -382,7 +385,7 @@ def start_run(config: Config, config_path: Path | None, checkpoint_path: Path | 
         run, validation = prepare_run(config, checkpoint, checkpoint_path, device, folder, distributed, initial)
         remaining = training.num_epochs * run.sequences_per_epoch - run.position
         wanted = training.max_steps or run.iter_num + math.ceil(remaining / run.config.sequences_per_step)
-        total_steps = max(run.iter_num, wanted)  # with fewer than are done, the run ends here, with its evaluation
+        total_steps = max(run.iter_num, wanted)  # if fewer are asked for than are done, only evaluate
         if run.iter_num and is_finished(run, total_steps) and run.completed == run.iter_num:
             message = (f"{checkpoint_path}: has already finished its {counted(run.iter_num, 'step')}: raise "
                        f"{flag_to_extend(run, total_steps)} to continue, or generate stories with generate.py")
@@ -409,13 +412,13 @@ def print_summary(run: Run, before: int, seconds: float, to_extend: str, config_
     sampling, seeds = run.config.sampling, range(run.config.sampling.seed + 1, run.config.sampling.seed + 5)
     stories = sorted(generate_stories(run.model.eval(), run.tokenizer, [sampling.prompts[0]] * 4, sampling, seeds))
     story = next((story for story in stories if story.ended), stories[0])
-    best, latest, report = (shlex.quote(str(run.folder.path / name)) for name in (BEST, LATEST, REPORT))
+    best, latest, report = (shell_argument(run.folder.path / name) for name in (BEST, LATEST, REPORT))
     finished = (f"Finished at step {run.iter_num:,} ({counted(run.iter_num - before, 'step')} in {seconds / 60:.1f} "
                 f"min), best validation loss {run.best_val_loss:.4f}")
     whole = run.spent.pop("whole")
     shares = {"steps": whole - sum(run.spent.values()), **run.spent}
     times = ", ".join(f"{part} {seconds / whole:.1%}" for part, seconds in shares.items())
-    print(f"\n{styled(finished, BOLD)}\nTime: {times}\n\n{wrapped(story.text)}\nNext:\n"
+    print(f"\n{bold(finished)}\nTime: {times}\n\n{wrapped(story.text)}\nNext:\n"
           f"  look at {report}: curves and stories\n"
           f"  python evaluate.py --checkpoint {best}  # did it work?\n"
           f"  python generate.py --checkpoint {best} --num_samples 3  # more stories")
@@ -425,6 +428,8 @@ def print_summary(run: Run, before: int, seconds: float, to_extend: str, config_
         print(f"  python train.py --config config/{MAIN_CONFIG.name}  # the real model, on a GPU")
 
 
+@explain_out_of_memory("lower training.batch_size and raise training.gradient_accumulation_steps by the same factor, "
+                       "or set training.use_gradient_checkpointing: true, or make the model smaller")
 def main(arguments: tuple[argparse.Namespace, Config | None]) -> int:
     args, config = arguments
     initial = load_checkpoint(args.init_from) if args.init_from else None
@@ -442,8 +447,7 @@ def main(arguments: tuple[argparse.Namespace, Config | None]) -> int:
     elif args.resume:
         print(f"resume: no {LATEST} in {folder} yet: starting a new run")
     sys.stdout, sys.stderr = FaultTolerantStream(sys.stdout), FaultTolerantStream(sys.stderr)
-    with explain_out_of_memory():
-        return start_run(config, args.config, checkpoint, args.resume, initial)
+    return start_run(config, args.config, checkpoint, args.resume, initial)
 
 
 if __name__ == "__main__":

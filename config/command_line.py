@@ -45,11 +45,16 @@ class Parser(argparse.ArgumentParser):
 
 def add_config_arguments(parser: argparse.ArgumentParser, default: Path) -> None:
     """Add --config and --set. `default` is only named in the help: the script itself falls back to it."""
-    parser.add_argument("--config", type=Path, metavar="FILE",
+    parser.add_argument("--config", type=file_path, metavar="FILE",
                         help=f"YAML file (default: {os.path.relpath(default.resolve(), REPO)}); "
                         "docs/TRAINING_GUIDE.md has a table of all keys")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE",
                         help="override one value of the YAML; may be given many times")
+
+
+def file_path(text: str) -> Path:
+    """The argparse type of a path; ~ is the home directory, since a shell leaves it alone after a = and on Windows."""
+    return Path(text).expanduser()
 
 
 def positive(text: str, low: int = 1) -> int:

@@ -25,7 +25,7 @@ class Bounds(NamedTuple):
 
     def __str__(self) -> str:
         low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-        return low if self.high == LARGEST else f"{low}, at most {self.high:g}"
+        return low if self.high == LARGEST else f"{low}, at most {self.high:,.7g}"
 
 
 class _Loader(yaml.SafeLoader):
@@ -95,14 +95,14 @@ def _check_value(value: Any, kind: Any) -> Any:
                 return _check_value(value, option)
             except ValueError as error:
                 allowed.append(str(error))
-        raise ValueError(" or ".join(allowed))
+        raise ValueError(" or ".join(sorted(allowed, key=len)))  # null or a whole number, at least 1
     if origin is Annotated:
         base, bounds = get_args(kind)
         noun = "a whole number" if base is int else "a number"
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{noun}, {bounds}")
         if not _fits(value, base, bounds):
-            raise ValueError(f"{noun}, at most {bounds.high:g}" if value > bounds.high else f"{noun}, {bounds}")
+            raise ValueError(f"{noun}, at most {bounds.high:,.7g}" if value > bounds.high else f"{noun}, {bounds}")
         return base(value)
     if origin is Literal:
         if value in get_args(kind) and isinstance(value, str):

@@ -1,5 +1,8 @@
 """How messages show values, numbers, sizes and durations."""
 
+import os
+import shlex
+from pathlib import Path
 from typing import Any
 
 
@@ -32,6 +35,13 @@ def one_line(value: Any) -> str:
     """The value as text on one line, shortened to 120 characters."""
     text = " ".join(str(value).split())
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def shell_argument(path: Path, windows: bool = os.name == "nt") -> str:
+    """The path as an argument of a printed command, which cmd.exe and PowerShell must understand on Windows."""
+    if windows:
+        return f'"{path}"' if " " in str(path) else str(path)
+    return shlex.quote(str(path))
 
 
 def indented(text: str) -> str:

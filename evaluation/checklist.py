@@ -1,7 +1,6 @@
 """The checklist of a trained checkpoint: what it says of its training and its predictions, each with a verdict."""
 
 import math
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from config import Config
+from config.wording import shell_argument
 from data.batches import count_sequences
 from data.token_files import TokenFile, has_english
 from training.checkpoints import LATEST
@@ -19,7 +19,7 @@ MARGIN = 0.2  # share of a loss; smaller differences say nothing about the align
 
 
 class Check(NamedTuple):
-    """mark: ok, look (there may be a reason), or bad."""
+    """mark: ok, check (there may be a reason), or bad."""
 
     mark: str
     name: str
@@ -38,7 +38,7 @@ def check_run(checkpoint: dict[str, Any], source: Path, config: Config, train_fi
     planned = training.max_steps or step + max(0, math.ceil(remaining / config.sequences_per_step))
     completed = checkpoint.get("completed") == step
     return [_check_finished(checkpoint, source, completed, planned),
-            Check("ok" if step >= planned or completed else "look", "steps", f"{step:,} done of {planned:,} planned"
+            Check("ok" if step >= planned or completed else "check", "steps", f"{step:,} done of {planned:,} planned"
                   + (" (stopped early, as the config allows)" if completed and step < planned else "")),
             *_check_data(checkpoint, config, train_file), _check_learning_rate(checkpoint, config, planned)]
 
@@ -51,15 +51,15 @@ def _check_finished(checkpoint: dict[str, Any], source: Path, completed: bool, p
         return Check("ok", "checkpoint", f"{where}; its run is finished")
     if checkpoint["iter_num"] >= planned:
         return Check("ok", "checkpoint", f"{where}; at the last step of its run")
-    return Check("look", "checkpoint", f"{where}; not at the end of its run",
+    return Check("check", "checkpoint", f"{where}; not at the end of its run",
                  "the best or a saved model of an unfinished run; to resume the run:\n"
-                 f"       python train.py --checkpoint {shlex.quote(str(source.with_name(LATEST)))}")
+                 f"       python train.py --checkpoint {shell_argument(source.with_name(LATEST))}")
 
 
 def _check_data(checkpoint: dict[str, Any], config: Config, train_file: TokenFile) -> list[Check]:
     vocab_size = config.model.vocab_size
     used = count_used(train_file.tokens, vocab_size)
-    checks = [Check("ok" if used > 0.9 * vocab_size else "look", "vocabulary",
+    checks = [Check("ok" if used > 0.9 * vocab_size else "check", "vocabulary",
                     f"{vocab_size:,} tokens, of which the training text uses {used:,}",
                     "rows of the others are never trained" if used < vocab_size else "")]
     trained_on = checkpoint.get("train_digest")
@@ -81,7 +81,7 @@ def _check_learning_rate(checkpoint: dict[str, Any], config: Config, planned: in
     used_rate = groups[0].get("lr", math.nan)
     notes = schedule_notes(config, planned)
     on_schedule = math.isclose(used_rate, rate, rel_tol=1e-6)
-    return Check("ok" if on_schedule and not notes else "look", "learning rate",
+    return Check("ok" if on_schedule and not notes else "check", "learning rate",
                  f"{used_rate:.2e}; the schedule ({config.scheduler.type}) has {rate:.2e} at this step",
                  "; ".join(notes) or ("" if on_schedule else "resumed with other steps, or another config"))
 
@@ -106,18 +106,18 @@ def check_likelihood(found: dict[str, Any], step: int, metrics: Sequence[dict], 
     meaning = ("" if loss < aim < math.inf else "still falling: more steps or epochs would help" if "fell" in trend
                else f"above {aim} grammar is unsteady: train longer, on more stories, or a larger model"
                if aim < math.inf else "")
-    against = {"next": found["next_loss"], "one after": found["after_next_loss"], "present": found["present_loss"]}
+    against = {"next": found["next_loss"], "after-next": found["after_next_loss"], "current": found["present_loss"]}
     best = min(against, key=against.get)
     # a model that has learned nothing is near ln(vocab_size), and with tied embeddings it repeats its input
-    if (best == "one after" and against[best] > (1 - MARGIN) * against["next"]) or (
-            best == "present" and against["next"] < (1 + MARGIN) * math.log(vocab_size)):
+    if (best == "after-next" and against[best] > (1 - MARGIN) * against["next"]) or (
+            best == "current" and against["next"] < (1 + MARGIN) * math.log(vocab_size)):
         best = "none"
     meanings = {"next": "it predicts the next token, as it should",
-                "one after": "its labels were shifted twice: it skips every second word, articles first",
-                "present": "its labels were not shifted: it only repeats its input",
+                "after-next": "its labels were shifted twice: it skips every second word, articles first",
+                "current": "its labels were not shifted: it only repeats its input",
                 "none": "no clear difference: it has not learned to predict this text"}
-    mark = {"next": "ok", "none": "look"}.get(best, "bad")
-    return [Check("ok" if loss < aim else "look", "loss", f"{loss:.4f} nats per token"
+    mark = {"next": "ok", "none": "check"}.get(best, "bad")
+    return [Check("ok" if loss < aim else "check", "loss", f"{loss:.4f} nats per token"
                   + (f", the aim is under {aim}" if aim < math.inf else "") + trend, meaning),
             Check(mark, "label alignment", "loss against " + ", ".join(
                   f"the {name} token {value:.2f}" for name, value in against.items()), meanings[best])]

@@ -28,7 +28,7 @@ INK, GRID = "#202124", "#dadce0"
 COLOURS = {"train": "#9aa0a6", "validation": "#1a66c2", "articles": "#d9730d", "other-tokens": "#1e8e4e"}
 LINES = {"train": "-", "validation": "-", "articles": "--", "other-tokens": ":"}  # told apart without colours, too
 LABELS = {"train": "training loss", "articles": "loss on articles", "other-tokens": "loss on other tokens"}
-MARKS = {True: "ok", False: "bad", None: "look"}  # of a verdict, as those of the checklist
+MARKS = {True: "ok", False: "bad", None: "check"}  # of a verdict, as those of the checklist
 FIGURES = (("val_loss", "validation loss, nats per token"), ("perplexity", "perplexity"),
            ("bits_per_byte", "bits per byte"), ("article_loss", "loss on articles, nats per token"),
            ("other_loss", "loss on other tokens, nats per token"))
@@ -155,7 +155,7 @@ def _top(folder: Path, entries: Sequence[dict]) -> str:
                      "with as many real ones of the same beginnings.</p>")
     else:
         command = f"python evaluate.py --checkpoint {folder / BEST} --out {folder / EVALUATION}"
-        parts.append('<p class="verdict look">No verdict yet.</p><p class="soft">For one, run: '
+        parts.append('<p class="verdict check">No verdict yet.</p><p class="soft">For one, run: '
                      f"<code>{html.escape(command)}</code></p>")
     parts += [_facts(entries), _figures(entries)]
     if evaluation is not None:

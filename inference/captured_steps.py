@@ -80,7 +80,7 @@ class CapturedSteps:
                 self.compiled = None
         if step is self.step:
             step(*arguments)
-        try:  # drivers and other threads have a say in it
+        try:  # the driver or another thread may make capturing fail
             return capture(lambda: step(*arguments), earlier)
         except RuntimeError as error:
             warnings.warn(f"generating is slower here, without CUDA graphs: {one_line(error)}", stacklevel=2)
@@ -93,7 +93,7 @@ def power_of_two(number: int, fewest: int, most: int) -> int:
 
 
 def capture(step: Callable[[], None], earlier: torch.cuda.CUDAGraph | None) -> torch.cuda.CUDAGraph:
-    """Record a step in a CUDA graph, without computing it. earlier: a graph whose memory it shares; two never run at
+    """Record a step in a CUDA graph, without running it. earlier: a graph whose memory it shares; two never run at
     once."""
     graph = torch.cuda.CUDAGraph()
     # the outer context returns to this stream if capturing fails; other threads may use the GPU meanwhile, such as one

@@ -3,6 +3,7 @@
 Start reading at Engine.advance(). inference/generation.py does the same from text to text.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from model import KVCache, Transformer
 
 MAX_ROWS = {"cuda": 2048, "mps": 128, "cpu": 128}  # prompts continued at once
 CACHE_BYTES = 2**31  # fewer rows, if their keys and values would need more memory; on a GPU, half of what is free
-CHECK_EVERY = {"cuda": 16, "mps": 8, "cpu": 8}  # tokens between checks of which rows have ended; a GPU is waited for
+CHECK_EVERY = {"cuda": 16, "mps": 8, "cpu": 8}  # tokens between checks of which rows have ended; a check synchronizes
 COMPILE_PAYS = 50_000  # steps; compiling takes some 20 s, and saves less than a millisecond of a step
 PREFILL_TOKENS = 4096  # prompt tokens in one pass, since their attention takes memory
 
@@ -28,7 +29,7 @@ class Continuation:
 
     new: the generated tokens; log_probabilities: of each, nats, by the model's own distribution (temperature 1);
     alternatives: of each, the most likely tokens and their log-probabilities, if the engine was made with them.
-    done: set by the engine; who sets it to True, gives the row up.
+    done: set by the engine; a caller may set it to drop the row.
     """
 
     def __init__(self, index: int, prompt: Sequence[int], seed: int, sampling: SamplingConfig) -> None:
@@ -140,7 +141,7 @@ class Engine:
     def advance(self) -> list[Continuation]:
         """Generate the next tokens of all rows, check_every of them if so many are left.
 
-        Returns the rows that ran, those that are done for the last time; an empty list if there is nothing to do.
+        Returns the rows that ran; a row that is done is returned one last time. Empty if there is nothing to do.
         """
         self._update_rows()
         if not self.rows:
@@ -203,11 +204,12 @@ def generate_tokens(model: Transformer, prompts: Sequence[Sequence[int]], seeds:
     engine: one to use again, made for `model`; else one is made for this call, see there.
     """
     if engine is None:
-        steps = -(-len(prompts) // MAX_ROWS["cuda"]) * sampling.max_new_tokens
+        steps = math.ceil(len(prompts) / MAX_ROWS["cuda"]) * sampling.max_new_tokens
         engine = Engine(model, end, num_tokens, len(prompts), max(map(len, prompts)) + sampling.max_new_tokens,
                         check_every, compiled=steps >= COMPILE_PAYS)
     # on a CPU, rows of one length, which begin together, are faster than rows that are full at all times
-    at_once = len(prompts) if engine.device.type == "cuda" else -(-len(prompts) // -(-len(prompts) // engine.max_rows))
+    batches = math.ceil(len(prompts) / engine.max_rows)
+    at_once = len(prompts) if engine.device.type == "cuda" else math.ceil(len(prompts) / batches)
     for first in range(0, len(prompts), at_once):
         for index in range(first, min(first + at_once, len(prompts))):
             engine.add(Continuation(index, prompts[index], seeds[index], sampling))

@@ -45,13 +45,13 @@ def generate_stories(model: Transformer, tokenizer: Tokenizer, prompts: Sequence
                      stops: Sequence[str] = (), engine: Engine | None = None) -> Iterator[Story]:
     """Generate a story for each prompt and its seed, in the order in which they are done. A prompt may be empty.
 
-    watch: called with the running continuations every few tokens; with a single prompt on a CPU, every second one.
+    watch: called with the running continuations every few tokens; with a single prompt on a CPU, every second token.
     stops: texts that end a story where the first of them occurs after the prompt.
     Raises UserError if a prompt fills the model's context.
     """
     end, encoded = tokenizer.token_to_id(END_OF_STORY), encode_prompts(tokenizer, prompts, model.config.max_seq_len)
     growing = watch is not None and len(prompts) == 1 and model.tok_embeddings.weight.device.type == "cpu"
-    # a GPU makes many tokens in the time of a screen's frame; on a CPU, a look at each token costs a tenth of the speed
+    # a GPU generates many tokens per screen frame; on a CPU, checking after each token costs a tenth of the speed
     check_every = 1 if stops else 2 if growing else None
     reach = max((len(stop.encode("utf-8")) for stop in stops), default=0)  # a stop text has at most so many tokens
     for running in generate_tokens(model, encoded, seeds, end, tokenizer.get_vocab_size(), sampling, check_every,

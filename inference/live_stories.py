@@ -40,7 +40,7 @@ class LiveStory:
         self.sent, self.cancelled = 0, False  # sent: how many of the row's tokens have had their event
 
     async def read(self) -> AsyncIterator[list[Event]]:
-        """The story's events as they come, in groups. Who stops reading gives its row up."""
+        """The story's events as they come, in groups. A reader that stops early frees its row."""
         try:
             while True:
                 events = await self.events.get()

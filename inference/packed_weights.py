@@ -12,7 +12,7 @@ from config import UserError
 from device import choose_precision, speedup
 from model import Attention, FeedForward, Transformer, TransformerBlock
 
-MANY_ROWS = 5  # from so many stories at once, int8 no longer pays on every CPU
+MANY_ROWS = 5  # with this many stories or more at once, int8 does not pay on every CPU
 
 
 def choose_compute(compute: str, device: torch.device, rows: int = MANY_ROWS) -> tuple[str, str]:
@@ -31,9 +31,10 @@ def choose_compute(compute: str, device: torch.device, rows: int = MANY_ROWS) ->
 
 
 def has_fast_int8() -> bool:
-    """Measure whether a row's product with int8 weights is no slower here than with float32 ones.
+    """Measure whether int8 weights pay here, compared with float32 ones, for one row.
 
-    These weights are in the CPU's cache; a model's are not, and then fewer bytes are what counts.
+    The test matrix fits the CPU's cache, so int8 may take up to 1.4 times as long: a model's weights come from memory,
+    where fewer bytes win.
     """
     linear, row = nn.Linear(512, 2048, bias=False), torch.ones(1, 512)
     real, small = PackedLinear("float32"), PackedLinear("int8")
@@ -133,7 +134,7 @@ class PackedLinear(nn.Module):
         self.outputs, self.weight, self.multiply = 0, None, F.linear
 
     def load(self, linears: Sequence[nn.Linear]) -> None:
-        """Take over the present weights of these layers."""
+        """Copy the current weights of these layers."""
         weight = torch.cat([linear.weight.detach() for linear in linears])  # (outputs of all, inputs)
         self.outputs = len(weight)
         if self.compute == "int8":

@@ -10,7 +10,7 @@ from config.schema import SamplingConfig
 
 NEUTRAL = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}  # values that change nothing
 TOP_CANDIDATES = 32  # on a CPU, only so many of the most likely tokens are sorted, unless a row needs more
-TRIALS = 64  # of all rows together in a pass of threshold(): few rows take fewer passes, which cost their launches
+TRIALS = 64  # comparisons in a pass of threshold(), of all rows: fewer rows then need fewer passes, so fewer kernels
 
 
 def settings_tensor(rows: Sequence[SamplingConfig]) -> Tensor:
@@ -32,7 +32,7 @@ def sample_next(logits: Tensor, uniforms: Tensor, settings: Tensor, used: frozen
     sampling in the order of token ids. settings, used: see above. seen: bool, (rows, vocab_size), the tokens that
     repetition_penalty acts on. The order of operations is that of transformers: repetition_penalty, temperature (0: the
     most likely token), top_k, top_p, min_p. Equally likely tokens are kept or dropped together, so that the result does
-    not depend on how a sort breaks ties. Synchronizes with no device.
+    not depend on how a sort breaks ties. Never synchronizes with a GPU.
     """
     logits, (temperature, *limits, penalty) = logits.float(), settings.split(1, dim=1)  # (rows, 1) each
     if "repetition_penalty" in used:

@@ -22,7 +22,7 @@ import train
 from config import UserError, load_config
 from config.command_line import MAIN_CONFIG
 from data.token_files import TokenFile
-from device import choose_device, choose_precision, peak_flops
+from device import choose_device, choose_precision, explain_out_of_memory, peak_flops
 from evaluation.likelihood import measure_likelihood
 from evaluation.validation import evaluate
 from inference import captured_steps
@@ -337,6 +337,17 @@ def test_what_a_gpu_has_room_for_is_tried(gpu, monkeypatch):
     tried.clear()
     choose_batch_size(config, model, GPU, SINGLE_PROCESS, True, try_it)
     assert tried == [128, 64, 32]  # its memory was looked at
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.44 GiB"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory")])  # Windows, Linux
+def test_too_little_memory_is_one_line(error):
+    with pytest.raises(UserError, match=r"^out of memory \(.+\): use less$"), explain_out_of_memory("use less"):
+        raise error
+    with pytest.raises(RuntimeError, match="shapes"), explain_out_of_memory("use less"):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
 def test_what_torch_says_of_a_gpu_is_what_is_used(gpu, monkeypatch):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from config import Config, UserError
-from device import OUT_OF_MEMORY
+from device import is_out_of_memory
 from model import Transformer
 from training.distributed import DistributedContext
 
@@ -51,17 +51,15 @@ def choose_batch_size(config: Config, model: Transformer, device: torch.device, 
         limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
     # a step also holds the gradients of the micro-batch before and two moments, which a probe does not have yet
     held = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(3)]
-    for size in range(per_process, 0, -1):
-        too_large_for_cpu = device.type == "cpu" and size > max(1, CPU_BATCH_TOKENS // config.model.max_seq_len)
-        if per_process % size or too_large_for_cpu:
-            continue
+    most = max(1, CPU_BATCH_TOKENS // config.model.max_seq_len) if device.type == "cpu" else per_process
+    for size in (size for size in range(min(most, per_process), 0, -1) if per_process % size == 0):
         failed = size > 1 and estimate_memory(model, size, bf16, config.training.use_compile) > limit
         if distributed.any_process(failed):
             continue
         try:
             probe(size)
         except (MemoryError, RuntimeError) as error:
-            if not OUT_OF_MEMORY.search(str(error)):
+            if not is_out_of_memory(error):
                 raise
             failed = True
         model.zero_grad(set_to_none=True)

@@ -28,7 +28,7 @@ KEYS = {"model": dict, "config": dict, "tokenizer": str, "iter_num": int, "epoch
 LATEST, BEST = "checkpoint_latest.pth", "best_model.pth"
 PREVIOUS = "previous"  # the folder in an output_dir that earlier runs move to
 CHECKPOINT_NAME = re.compile(r"checkpoint_latest\.pth|best_model\.pth|checkpoint_epoch_\d+\.pth")
-# the attributes of train.py's Run that a checkpoint holds beside the weights and the optimizer
+# the attributes of Run (training/run.py) that a checkpoint holds beside the weights and the optimizer
 RUN_STATE = ("iter_num", "position", "best_val_loss", "evaluations_without_gain", "evaluated", "completed", "unlogged",
              "norms")
 SHAPE = ("vocab_size", "d_model", "n_layers", "n_heads", "kv_heads", "d_ffn", "rotary_dim", "rope_base",
@@ -44,7 +44,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
         file.write(buffer.getbuffer())
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint without running code from it; also a folder of Hugging Face transformers (hf_format.py).
 
     Raises UserError if it is missing, damaged or of another kind.
@@ -61,7 +61,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     with path.open("rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's guesses at what is wrong with the file
         try:
-            checkpoint = torch.load(file, map_location=device, weights_only=True)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         except Exception:  # for a bad file torch raises nearly every type, even OSError
             raise UserError(damaged) from None
     found = checkpoint if isinstance(checkpoint, dict) else {}
@@ -174,8 +174,9 @@ def check_resumable(checkpoint: dict[str, Any], source: Path, config: Config, tr
     """
     missing = [key for key in ("optimizer", "train_digest", "metrics_size", *RUN_STATE) if key not in checkpoint]
     if missing:
-        raise UserError(f"{source}: cannot be resumed, since it lacks {', '.join(missing)}: an early version of this "
-                        "project wrote it; it still works with generate.py")
+        raise UserError(f"{source}: cannot be resumed, since it lacks {', '.join(missing)}: a folder of Hugging Face "
+                        "transformers, or written by an early version of this project; --init_from starts a new run "
+                        "with its weights")
     if train_digest not in (None, checkpoint["train_digest"]):
         if config.data.clean and checkpoint.get("cleaning_version", 1) != CLEANING_VERSION:
             raise UserError(f"{source}: was trained on stories as an earlier version of this project cleaned them, and "

@@ -1,4 +1,5 @@
-"""metrics.jsonl, the record of a run: one JSON object a line, of type step, evaluation, spike, plan or final."""
+"""metrics.jsonl, the record of a run: one JSON object a line, of type step, evaluation, early, spike, plan
+or final."""
 
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The entries of a metrics.jsonl; [] if there is no such file. A line that a crash cut off is left out."""
     entries = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # a story may hold U+2028
             try:
                 entry = json.loads(line)
             except ValueError:

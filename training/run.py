@@ -52,9 +52,9 @@ class Run:
     unlogged: list[tuple[int, float, float]] = field(default_factory=list)  # step, loss, gradient norm
     norms: list[float] = field(default_factory=list)  # the last gradient norms
     found_inf: Tensor | None = None  # float32, (): 1 after a non-finite gradient; from then on weights do not change
-    best_before: float = math.inf  # best_val_loss, in case that writing BEST fails
+    best_before: float = math.inf  # best_val_loss before the last gain, restored if writing BEST fails
     clock: tuple[int, float] = (0, 0.0)  # a step and the time at its end; since then, only training took time
-    spent: dict[str, float] = field(default_factory=dict)  # seconds of this program's run on what is no step, by name
+    spent: dict[str, float] = field(default_factory=dict)  # seconds outside of training steps, by name
 
     @property
     def sequences_per_epoch(self) -> int:
@@ -81,7 +81,7 @@ class Run:
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Count the time of what is no step under this name. All processes call it together."""
+        """Add the time of the block, which is not part of a step, to spent[part]. All processes call it together."""
         read_losses(self)  # waits for the steps so far
         start = time.perf_counter()
         yield
@@ -130,7 +130,8 @@ def read_losses(run: Run) -> None:
 
 
 def diagnose_step(run: Run, position: int) -> str:
-    """Repeat the step that began at `position`, with its weights, which a gradient that is not finite does not change.
+    """Repeat the step that began at `position`. The weights are still those of that step, since the optimizer skips a
+    step whose gradient is not finite.
 
     Prints the text of the worst sequence. Returns which module's output or gradient was not finite first.
     """

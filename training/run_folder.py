@@ -63,19 +63,19 @@ class RunFolder:
     def begin(self, checkpoint: Path | None = None, metrics_size: int = 0, logger: str | None = None) -> None:
         """Prepare the folder for a new run, or for a run resumed from `checkpoint`, which stored `metrics_size`.
 
-        Unless the checkpoint is in this folder, the files of an earlier run here move to previous/N, and the best
-        model and the metrics beside the checkpoint are copied to this folder. LATEST and metrics.jsonl always belong
-        together: LATEST becomes a copy of `checkpoint` before the later lines of metrics.jsonl are cut off.
+        Unless the run resumes from LATEST of this folder, the files here move to previous/N, and the best model and the
+        metrics beside the checkpoint are copied to this folder. LATEST and metrics.jsonl always belong together: LATEST
+        becomes a copy of `checkpoint` before the later lines of metrics.jsonl are cut off.
         """
         if not self.writes:
             return
-        checkpoint = checkpoint and checkpoint.expanduser()
-        home = checkpoint.resolve().parent if checkpoint else None
-        if home != self.path.resolve():
-            self._move_to_previous()
-            for name in (BEST, METRICS) if home else ():
-                if (home / name).is_file():
-                    shutil.copyfile(home / name, self.path / name)
+        if checkpoint is None or checkpoint.resolve() != (self.path / LATEST).resolve():
+            moved = self._move_to_previous()
+            if checkpoint and moved and checkpoint.resolve().parent == self.path.resolve():
+                checkpoint = moved / checkpoint.name
+            for name in (BEST, METRICS) if checkpoint else ():
+                if (checkpoint.parent / name).is_file():
+                    shutil.copyfile(checkpoint.parent / name, self.path / name)
         if checkpoint and checkpoint.resolve() != (self.path / LATEST).resolve():
             with atomic_write(self.path / LATEST) as file:
                 file.write(checkpoint.read_bytes())
@@ -86,10 +86,10 @@ class RunFolder:
                 file.truncate(self.metrics_size)
         self._logger = open_logger(logger, self.path)
 
-    def _move_to_previous(self) -> None:
+    def _move_to_previous(self) -> Path | None:
         """Move the files of an earlier run to previous/N, N being the next number. Nothing is ever removed from it."""
         if not any(CHECKPOINT_NAME.fullmatch(path.name) for path in self.path.iterdir()):
-            return  # a run that never saved is not worth keeping
+            return None  # a run that never saved is not worth keeping
         previous = self.path / PREVIOUS
         numbers = [int(path.name) for path in previous.glob("*") if path.name.isdecimal()]
         target = previous / str(max(numbers, default=0) + 1)
@@ -107,6 +107,7 @@ class RunFolder:
             raise UserError(f"{path}: cannot be moved to {target}, which keeps the earlier run ({error.strerror}): "
                             "close the program that uses it, or set training.output_dir to another folder") from None
         print(f"output: the earlier run in {self.path} is now in {target} ({format_bytes(size)}), yours to delete")
+        return target
 
     def record(self, entry: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl. A line that cannot be written is kept and written with the next one."""

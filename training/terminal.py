@@ -14,7 +14,6 @@ from training.run import Run, read_losses
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}"
 MIN_BAR = 8  # columns
-BOLD = "1"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")  # all but the tab and the line feed
 
 
@@ -26,11 +25,11 @@ def columns(stream: TextIO) -> int | None:
         return None
 
 
-def styled(text: str, style: str) -> str:
-    """The text in an ANSI style, if standard output is a terminal that shows them and NO_COLOR is not set."""
+def bold(text: str) -> str:
+    """The text in bold, if standard output is a terminal that shows them and NO_COLOR is not set."""
     shows = os.name != "nt" or "WT_SESSION" in os.environ  # Windows Terminal does, an old console may not
     plain = not shows or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not columns(sys.stdout)
-    return text if plain else f"\x1b[{style}m{text}\x1b[0m"
+    return text if plain else f"\x1b[1m{text}\x1b[0m"
 
 
 def wrapped(story: str) -> str:
@@ -57,7 +56,8 @@ def show_figures(bar: tqdm, step: int, figures: dict[str, str]) -> None:
         print(f"step {step:,} of {bar.total:,}: {', '.join(texts)}", flush=True)
         return
     length = len(f"100%|| {bar.total}/{bar.total} steps, 00:00:00 left") + MIN_BAR
-    while texts and length + len(", ".join(["", *texts])) > columns(sys.stderr):
+    width = columns(sys.stderr) or 80  # the terminal may have been closed since the bar was opened
+    while texts and length + len(", ".join(["", *texts])) > width:
         texts.pop()
     bar.set_postfix_str(", ".join(texts))
 

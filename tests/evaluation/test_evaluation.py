@@ -174,7 +174,7 @@ def test_the_checklist_recognizes_a_finished_run(tiny_config):
     assert "finished" in checks["checkpoint"].found and "13 done of 13 planned" in checks["steps"].found
     assert "512 tokens, of which the training text uses 300" in checks["vocabulary"].found
     halfway = checks_of(done, config, file, iter_num=6, position=48, completed=0)
-    assert {halfway[name].mark for name in ("checkpoint", "steps", "learning rate")} == {"look"}
+    assert {halfway[name].mark for name in ("checkpoint", "steps", "learning rate")} == {"check"}
     assert "6 done of 13 planned" in halfway["steps"].found
     meaning = halfway["checkpoint"].meaning
     assert "train.py --checkpoint" in meaning and str(Path("a run", "checkpoint_latest.pth")) in meaning
@@ -197,7 +197,7 @@ def test_a_loss_that_still_falls_is_recognized(tokenizer):
     assert "rose by 50.0%" in rising.found and "still falling" not in rising.meaning
     of_then = check_likelihood(found, 500, curve(9, 9, 8, 4, 2, 1, 1, 1, 1, 1), 1500)[0]  # an earlier checkpoint
     assert "fell by 50.0%" in of_then.found
-    for loss, dataset, mark in ((1.9, "tinystories", "ok"), (2.1, "tinystories", "look"), (2.1, "mine.txt", "ok")):
+    for loss, dataset, mark in ((1.9, "tinystories", "ok"), (2.1, "tinystories", "check"), (2.1, "mine.txt", "ok")):
         assert check_likelihood({**found, "val_loss": loss}, 500, [], 1500, dataset)[0].mark == mark
 
 

@@ -251,9 +251,25 @@ def test_without_the_package_it_is_named(run_main, monkeypatch):
 
 def test_the_cost_is_asked_for(monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda text: "n")
-    with pytest.raises(UserError, match="not begun"):
+    with pytest.raises(UserError, match="cancelled"):
         evaluate.confirm(False, "100 calls of m, about 60,000 tokens")
     assert "about 60,000 tokens" in capsys.readouterr().out
     monkeypatch.setattr("builtins.input", lambda text: "y")
     evaluate.confirm(False, "x")
     evaluate.confirm(True, "x")
+
+    def end_of_input(text):
+        raise EOFError
+    monkeypatch.setattr("builtins.input", end_of_input)  # Ctrl-D
+    with pytest.raises(UserError, match="cancelled"):
+        evaluate.confirm(False, "x")
+
+
+def test_a_judge_that_fails_does_not_lose_the_evaluation(endpoint, tiny_config, run_main, monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    endpoint.answer = lambda body, number: (401, {"error": {"message": "no such key"}}, {})
+    assert train.start_run(tiny_config("training.max_steps=2", "training.output_dir=run"), None, None) == 0
+    status, _, error = run_main(evaluate, "--checkpoint", "run/best_model.pth", "--num_stories", "4", "--judge", "m",
+                                "--judge_url", endpoint.url, "--judge_stories", "3", "--yes", "--out", "found.json")
+    assert status == 2 and "refuses the key" in error
+    assert len(json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["stories"]) == 4

@@ -51,7 +51,7 @@ def page(tmp_path_factory):
     write_metrics(folder, made_up_metrics())
     (folder / EVALUATION).write_text(json.dumps({"step": 300, "stories": [1, 2], "verdict": {
         "fluent": False, "line": f"Not yet: {EVIL}"}, "checks": [
-            {"mark": "look", "name": "steps", "found": "5 of 9", "meaning": EVIL}], "table": [
+            {"mark": "check", "name": "steps", "found": "5 of 9", "meaning": EVIL}], "table": [
         {"key": "articles", "title": "articles per 100 words", "model": 7.25, "reference": 9.5, "verdict": "few"},
         {"key": "quotes", "title": "quotes", "model": None, "reference": 99.0, "verdict": "-"}]}), encoding="utf-8")
     write_report(folder)
@@ -110,7 +110,7 @@ def test_the_tables_hold_the_figures(page):
         assert [float(cell) for cell in row[1:]] == pytest.approx([entry[key] for entry in columns], abs=0.006)
     assert table(page[1], "verdicts")[1:] == [["articles per 100 words", "7.2", "9.5", "few"],
                                               ["quotes", "-", "99.0", "-"]]
-    assert table(page[1], "checks")[1:] == [["look", "steps", f"5 of 9: {EVIL}"]]
+    assert table(page[1], "checks")[1:] == [["check", "steps", f"5 of 9: {EVIL}"]]
     assert table(page[1], "data-training")[1:] == [["e-mail addresses", "1,234", EVIL], ["URLs", "0", ""]]
 
 
@@ -131,7 +131,7 @@ def test_the_verdict_stands_first_and_then_the_run(page, tmp_path):
     write_metrics(tmp_path, made_up_metrics())
     write_report(tmp_path)
     young = (tmp_path / REPORT).read_text(encoding="utf-8")
-    assert '<p class="verdict look">No verdict yet.' in young and "python evaluate.py --checkpoint" in young
+    assert '<p class="verdict check">No verdict yet.' in young and "python evaluate.py --checkpoint" in young
     assert young.index("No verdict yet") < young.index('id="figures"')
 
 

@@ -594,6 +594,28 @@ def test_the_script_takes_the_newest_checkpoint_and_says_what_it_is(run_generate
     assert run_generate("--seed", "50")[1] != alone
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there, HOME is not the home directory")
+def test_a_path_in_the_home_directory_is_found(run_generate, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    status, out, error = run_generate("--checkpoint=~/checkpoints/my run/best_model.pth", "--out=~/new.jsonl")
+    assert status == 0 and "Once upon" in out and (folder / "new.jsonl").exists(), error
+
+
+def test_a_story_that_outgrows_the_context_by_its_prompt_says_so(run_generate):
+    """The model's context is smaller than prompt and story together, but larger than the story."""
+    short = run_generate("--prompt", "Tom", "--max_new_tokens", "40")[2]
+    long = run_generate("--prompt", "Once upon a time there was a dog. " * 3, "--max_new_tokens", "40")[2]
+    assert "beyond its context" not in short and "beyond its context of" in long
+
+
+def test_a_device_without_enough_memory_is_one_line(run_generate, monkeypatch):
+    def refuse(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.setattr(generate, "pack", refuse)
+    status, _, error = run_generate()
+    assert status == 2 and "error: out of memory (CUDA out of memory" in error and "--device cpu" in error
+
+
 def test_a_story_needs_no_import_of_torchs_compiler(folder):
     """Which takes as long as all the rest."""
     done = generate_process(folder, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})

@@ -36,7 +36,7 @@ def quickstart(*overrides):
     (["training.gradient_accumulation_steps=null"], "gradient_accumulation_steps null follows from training."),
     (["training.gradient_accumulation_steps=null", "training.tokens_per_step=3000"], "it could be 4096"),
     (["training.tokens_per_step=4096"], "4096 is not batch_size 8 * gradient_accumulation_steps 1"),
-    (["training.batch_size=many"], "a whole number, at least 1 or auto"),
+    (["training.batch_size=many"], "auto or a whole number, at least 1"),
 ])
 def test_a_step_that_does_not_work_out_is_one_line(overrides, part):
     with pytest.raises(UserError) as caught:

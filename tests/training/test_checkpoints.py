@@ -414,9 +414,13 @@ def test_resuming_from_an_older_checkpoint_makes_it_the_latest(tmp_path):
     (tmp_path / LATEST).rename(tmp_path / "checkpoint_epoch_1.pth")
     run_in(tmp_path, 2, tmp_path / "checkpoint_epoch_1.pth", size)
     assert runs(tmp_path) == (2, [1, 2])
+    epoch = tmp_path / "previous" / "1" / "checkpoint_epoch_1.pth"
+    (tmp_path / epoch.name).write_bytes(epoch.read_bytes())
+    save_checkpoint(tmp_path / BEST, make_checkpoint() | {"iter_num": 7})
     with lock_output_dir(tmp_path) as folder:
         folder.begin(tmp_path / "checkpoint_epoch_1.pth", size)
-    assert runs(tmp_path) == (1, [1])
+    assert runs(tmp_path) == (1, [1]) and load_checkpoint(tmp_path / BEST)["iter_num"] == 7
+    assert runs(tmp_path / "previous" / "2") == (2, [1, 2])  # what came after it is not lost
 
 
 def test_resuming_in_another_folder_copies_the_metrics_and_the_best_model(tmp_path):

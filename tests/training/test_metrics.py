@@ -10,6 +10,13 @@ from training.checkpoints import LATEST, load_checkpoint
 from training.metrics_file import read_metrics
 
 
+def test_a_story_with_separators_of_lines_is_read_back(tmp_path):
+    entry = {"type": "evaluation", "step": 1, "samples": ["a\u2028b\u2029c\u0085d\x0be"]}
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(entry, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_metrics(path) == [entry]
+
+
 def test_a_run_resumed_and_stopped_again_early_has_no_metrics_beyond_its_checkpoint(tiny_config, tmp_path, monkeypatch):
     """The lines of a killed run are cut off, even if there are more of them than the resumed run writes."""
     settings = ["training.output_dir=run", "training.logging_steps=1", "training.eval_steps=1000",

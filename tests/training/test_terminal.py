@@ -35,6 +35,17 @@ def plain(story: str) -> str:
     return " ".join(re.sub(r"[^\n\t\x20-\x7e]", "\ufffd", story).split())
 
 
+def test_a_terminal_that_is_closed_does_not_end_the_run(monkeypatch):
+    monkeypatch.setattr(terminal, "columns", lambda stream: 80)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        monkeypatch.setattr(sys, "stderr", nowhere)
+        bar = terminal.open_bar(10, 0, True)
+        monkeypatch.setattr(terminal, "columns", lambda stream: None)
+        terminal.show_figures(bar, 1, {"loss": "2.000", "tok/s": "1,000"})
+        assert not bar.disable and "loss 2.000" in bar.postfix
+        bar.close()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
 def test_a_run_on_a_terminal_of_80_columns(workplace, start_script):
     import fcntl
@@ -114,10 +125,10 @@ def test_colour_only_on_a_terminal_and_not_with_no_color(monkeypatch, surroundin
         monkeypatch.delenv(name, raising=False)
     for name, value in {"WT_SESSION": "1", **surroundings}.items():
         monkeypatch.setenv(name, value)
-    assert terminal.styled("a step", terminal.BOLD) == "a step"  # pytest's standard output is no terminal
+    assert terminal.bold("a step") == "a step"  # pytest's standard output is no terminal
     monkeypatch.setattr("os.get_terminal_size", lambda number: os.terminal_size((80, 24)))
     monkeypatch.setattr(sys, "stdout", Terminal())
-    assert (terminal.styled("a step", terminal.BOLD) != "a step") == coloured
+    assert (terminal.bold("a step") != "a step") == coloured
 
 
 def test_stories_are_wrapped_on_a_terminal_only(monkeypatch):

@@ -1,0 +1,14 @@
+"""A printed command can be pasted into the shell of the system."""
+
+import shlex
+from pathlib import Path, PureWindowsPath
+
+from config.wording import shell_argument
+
+
+def test_a_path_in_a_printed_command_is_one_argument():
+    for name in ("checkpoints/best_model.pth", "my run/best.pth", "it's/$HOME.pth"):
+        assert shlex.split(shell_argument(Path(name), windows=False)) == [str(Path(name))]
+    # cmd.exe knows double quotes only, and would take single ones for a part of the name
+    assert shell_argument(PureWindowsPath("checkpoints/best.pth"), windows=True) == r"checkpoints\best.pth"
+    assert shell_argument(PureWindowsPath("my run/best.pth"), windows=True) == r'"my run\best.pth"'
