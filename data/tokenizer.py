@@ -113,9 +113,6 @@ def train_tokenizer(stories: Iterable[str], vocab_size: int, min_frequency: int 
 
     The ids are the special tokens, then all 256 bytes, so that every text can be encoded, then merges by frequency.
     """
-    if vocab_size < 256 + len(SPECIAL_TOKENS):
-        raise UserError(f"vocab_size {vocab_size}: at least {256 + len(SPECIAL_TOKENS)} "
-                        f"(256 bytes and {len(SPECIAL_TOKENS)} special tokens)")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -128,8 +128,7 @@ def compare_stories(model: Transformer, tokenizer: Tokenizer, config: Config, tr
     measures = {key: found._asdict() for key, found in findings.items()}
     return {"verdict": {**give_verdict(findings, len(pairs)), "measures": measures},
             "table": compare(passages, references, measured, expected, findings, english),
-            "stories": described[0], "references": described[1], "learned_from": learned.num_stories,
-            "nouns": sorted(learned.nouns)}
+            "stories": described[0], "references": described[1]}
 
 
 def generate_passages(model: Transformer, tokenizer: Tokenizer, config: Config, prompts: Sequence[str],

@@ -5,7 +5,7 @@ The texts are decoded from token files. In a long file, the stories are spread e
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import cycle, islice, pairwise
+from itertools import islice, pairwise, zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -38,8 +38,9 @@ def read_stories(file: TokenFile, tokenizer: Tokenizer, count: int) -> Iterator[
         yield from tokenizer.decode_batch(chunk)
 
 
-def _story_after(tokens: np.ndarray, place: int, separator: int, reach: int = 4096) -> np.ndarray:
+def _story_after(tokens: np.ndarray, place: int, separator: int) -> np.ndarray:
     """The first whole story after a place; an empty array if there is none."""
+    reach = 4096  # tokens to look at
     while True:
         ends = np.flatnonzero(tokens[place:place + reach] == separator)
         if len(ends) > 1:
@@ -64,21 +65,12 @@ def choose_references(stories: Sequence[str], prompts: Sequence[str], count: int
             chosen.append(beginning)
     by_prompt = {prompt: [] for prompt in chosen}
     for story in stories:
-        for prompt in chosen:
-            if story.startswith(prompt) and len(story) > len(prompt):
-                by_prompt[prompt].append(story)
-                break
-    pairs, rest = [], {prompt: iter(found) for prompt, found in by_prompt.items()}
-    for prompt in cycle(chosen):
-        if len(pairs) == count or not rest:
-            break
-        if prompt in rest:
-            story = next(rest[prompt], None)
-            if story is None:
-                del rest[prompt]
-            else:
-                pairs.append((prompt, story))
-    return pairs
+        prompt = next((prompt for prompt in chosen if story.startswith(prompt) and len(story) > len(prompt)), None)
+        if prompt is not None:
+            by_prompt[prompt].append(story)
+    rounds = zip_longest(*by_prompt.values())  # a story for each prompt, None where there is none left
+    pairs = [(prompt, story) for of_round in rounds for prompt, story in zip(by_prompt, of_round, strict=True) if story]
+    return pairs[:count]
 
 
 def cut_reference(prompt: str, story: str, tokenizer: Tokenizer, limit: int) -> Passage:

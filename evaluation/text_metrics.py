@@ -38,6 +38,7 @@ SAID_WITH_VOWEL = re.compile(r"(?:hour|honest|honou?r|heir|herb)")
 
 
 SENTENCE_ENDS = frozenset(".!?…\"”'’)»।۔؟")
+SHARE = 0.95  # of the occurrences of a word that make it a count noun or a name
 FILTER_BITS = 27  # of the filter of trigrams: 128 MB; some 6 million trigrams fill 4% of it
 
 
@@ -52,7 +53,6 @@ class Learned(NamedTuple):
     nouns: frozenset[str]
     names: frozenset[str]
     trigrams: np.ndarray
-    num_stories: int
 
 
 def split_words(text: str) -> list[str]:
@@ -88,17 +88,16 @@ def has_determiner(tokens: Sequence[str], index: int) -> bool:
     return False
 
 
-def learn(texts: Iterable[str], min_count: int = 20, share: float = 0.95) -> Learned:
+def learn(texts: Iterable[str], min_count: int = 20) -> Learned:
     """The words of the training text, its trigrams, its names, and its nouns that seldom lack a determiner.
 
-    A word counts as such a noun if it occurs at least min_count times, has a determiner in `share` of its occurrences,
+    A word counts as such a noun if it occurs at least min_count times, has a determiner in SHARE of its occurrences,
     and is followed by a word outside of the noun phrase in most: "park" is one, "big" is not. Names, plurals and verbs
     often occur without a determiner, so they are not in the list.
     """
-    seen, with_determiner, ends_phrase, num_stories = Counter(), Counter(), Counter(), 0
+    seen, with_determiner, ends_phrase = Counter(), Counter(), Counter()
     named, lower, words, trigrams = Counter(), Counter(), {}, np.zeros(1 << FILTER_BITS, dtype=bool)
     for text in texts:
-        num_stories += 1
         tokens = split_words(text)
         for word in (in_story := [token.lower() for token in tokens if is_word(token)]):
             words.setdefault(word, len(words))
@@ -116,10 +115,10 @@ def learn(texts: Iterable[str], min_count: int = 20, share: float = 0.95) -> Lea
             ends_phrase[word] += after in OUTSIDE or not is_word(after)
             lower[word] += token[0].islower()
     nouns = {word for word, count in seen.items() if count >= min_count and "'" not in word
-             and with_determiner[word] >= share * count and ends_phrase[word] >= 0.6 * count}
-    names = {word for word, count in named.items() if count >= min_count / 4 and lower[word] <= (1 - share) * count
+             and with_determiner[word] >= SHARE * count and ends_phrase[word] >= 0.6 * count}
+    names = {word for word, count in named.items() if count >= min_count / 4 and lower[word] <= (1 - SHARE) * count
              and not word.startswith("i'")}
-    return Learned(words, frozenset(nouns), frozenset(names), trigrams, num_stories)
+    return Learned(words, frozenset(nouns), frozenset(names), trigrams)
 
 
 def _hash_trigrams(words: Sequence[str], ids: dict[str, int]) -> np.ndarray:

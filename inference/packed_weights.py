@@ -1,6 +1,7 @@
 """The model with its weights laid out for generation: products of one input joined, in float32, bf16 or int8."""
 
 import contextlib
+import copy
 import functools
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from config import UserError
 from device import choose_precision, speedup
-from model import Attention, FeedForward, Transformer, TransformerBlock
+from model import Attention, FeedForward, Transformer
 
 MANY_ROWS = 5  # with this many stories or more at once, int8 does not pay on every CPU
 
@@ -52,7 +53,14 @@ def pack(model: Transformer, compute: str) -> Transformer:
 
     It shares embedding, norms and device with `model`; see refresh().
     """
-    return PackedTransformer(model, compute).eval()
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    packed = copy.deepcopy(model, shared)  # copies the modules, not the tensors
+    for layer in packed.layers:
+        layer.attention = PackedAttention(layer.attention, compute)
+        layer.feed_forward = PackedFeedForward(compute)
+    packed.output = PackedLinear(compute)
+    refresh(packed, model)
+    return packed.eval()
 
 
 def refresh(packed: Transformer, model: Transformer) -> None:
@@ -63,29 +71,6 @@ def refresh(packed: Transformer, model: Transformer) -> None:
     packed.output.load([model.output])
 
 
-class PackedTransformer(Transformer):
-    """Transformer of packed matrices, without dropout; Transformer.__init__() would draw weights to throw away."""
-
-    def __init__(self, model: Transformer, compute: str) -> None:
-        nn.Module.__init__(self)
-        self.config, self.gradient_checkpointing = model.config, False
-        self.tok_embeddings, self.norm, self.dropout = model.tok_embeddings, model.norm, nn.Identity()
-        self.rope_cos, self.rope_sin = model.rope_cos, model.rope_sin
-        self.layers = nn.ModuleList(PackedBlock(layer, compute) for layer in model.layers)
-        self.output = PackedLinear(compute)
-        self.output.load([model.output])
-
-
-class PackedBlock(TransformerBlock):
-    """TransformerBlock of packed matrices, without dropout."""
-
-    def __init__(self, block: TransformerBlock, compute: str) -> None:
-        nn.Module.__init__(self)
-        self.attention_norm, self.ffn_norm, self.dropout = block.attention_norm, block.ffn_norm, nn.Identity()
-        self.attention = PackedAttention(block.attention, compute)
-        self.feed_forward = PackedFeedForward(block.feed_forward, compute)
-
-
 class PackedAttention(Attention):
     """Attention of packed matrices."""
 
@@ -93,7 +78,6 @@ class PackedAttention(Attention):
         nn.Module.__init__(self)
         self.config, self.layer = attention.config, attention.layer
         self.wqkv, self.wo = PackedLinear(compute), PackedLinear(compute)
-        self.load(attention)
 
     def load(self, attention: Attention) -> None:
         self.wqkv.load([attention.wq, attention.wk, attention.wv])
@@ -106,10 +90,9 @@ class PackedAttention(Attention):
 class PackedFeedForward(nn.Module):
     """FeedForward with one product for w1 and w3."""
 
-    def __init__(self, feed_forward: FeedForward, compute: str) -> None:
+    def __init__(self, compute: str) -> None:
         super().__init__()
         self.w13, self.w2 = PackedLinear(compute), PackedLinear(compute)
-        self.load(feed_forward)
 
     def load(self, feed_forward: FeedForward) -> None:
         self.w13.load([feed_forward.w1, feed_forward.w3])

@@ -26,32 +26,25 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 OUTER = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
          "output.weight": "lm_head.weight"}
-LAYER = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-         "attention.wo": "self_attn.o_proj", "feed_forward.w2": "mlp.down_proj"}
-SEPARATE = {"attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
-            "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj"}
+LAYER = {"input_layernorm": ("attention_norm",), "post_attention_layernorm": ("ffn_norm",),
+         "self_attn.o_proj": ("attention.wo",), "mlp.down_proj": ("feed_forward.w2",)}
+SEPARATE = {"self_attn.q_proj": ("attention.wq",), "self_attn.k_proj": ("attention.wk",),
+            "self_attn.v_proj": ("attention.wv",), "mlp.gate_proj": ("feed_forward.w1",),
+            "mlp.up_proj": ("feed_forward.w3",)}
 JOINED = {"self_attn.qkv_proj": ("attention.wq", "attention.wk", "attention.wv"),
           "mlp.gate_up_proj": ("feed_forward.w1", "feed_forward.w3")}
 
 
 # Out
 
-def weights_to_hf(weights: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """The weights of a model under the names of transformers; a tied output matrix once."""
-    found = {theirs: weights[ours] for ours, theirs in OUTER.items()
+def tensor_names(model: ModelConfig, joined: bool) -> dict[str, tuple[str, ...]]:
+    """Their name of each tensor, and ours that it joins; a tied output matrix is the embedding. joined: as in Phi-3."""
+    names = {theirs: (ours,) for ours, theirs in OUTER.items()
              if not (model.tie_embeddings and ours == "output.weight")}
     for layer in range(model.n_layers):
-        for theirs, parts in _layer_names(model.rotary_dim != model.head_dim).items():
-            tensors = [weights[f"layers.{layer}.{part}.weight"] for part in parts]
-            found[f"model.layers.{layer}.{theirs}.weight"] = torch.cat(tensors)
-    return found
-
-
-def _layer_names(joined: bool) -> dict[str, tuple[str, ...]]:
-    """Their name of each matrix and norm of a layer, and ours that it consists of. joined: as Phi3ForCausalLM has them.
-    """
-    return {theirs: (ours,) for ours, theirs in LAYER.items()} | (
-        JOINED if joined else {theirs: (ours,) for ours, theirs in SEPARATE.items()})
+        names |= {f"model.layers.{layer}.{theirs}.weight": tuple(f"layers.{layer}.{part}.weight" for part in parts)
+                  for theirs, parts in (LAYER | (JOINED if joined else SEPARATE)).items()}
+    return names
 
 
 def write_hf_folder(folder: Path, checkpoint: dict[str, Any], config: Config, dtype: str) -> None:
@@ -59,8 +52,9 @@ def write_hf_folder(folder: Path, checkpoint: dict[str, Any], config: Config, dt
     from safetensors.torch import save
 
     model, torch_dtype = config.model, DTYPES[dtype]
-    tensors = {name: tensor.to(torch_dtype).contiguous()
-               for name, tensor in weights_to_hf(checkpoint["model"], model).items()}
+    names = tensor_names(model, joined=model.rotary_dim != model.head_dim)
+    tensors = {theirs: torch.cat([checkpoint["model"][part] for part in ours]).to(torch_dtype)
+               for theirs, ours in names.items()}
     (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     tokenizer = json.loads(checkpoint["tokenizer"])
     vocabulary = tokenizer_from_json(checkpoint["tokenizer"], "the checkpoint").get_vocab()
@@ -174,30 +168,24 @@ def _read_config(folder: Path) -> ModelConfig:
 def _read_weights(folder: Path, model: ModelConfig) -> dict[str, Tensor]:
     """The weights as model.py names them, float32. Raises UserError if a tensor is missing, extra, or of another shape.
     """
-    found, weights, used = _read_tensors(folder), {}, {OUTER["output.weight"]}  # a tied one may be there, too
+    found, weights = _read_tensors(folder), {}
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Transformer(model).state_dict().items()}
-    names = {theirs: (ours,) for ours, theirs in OUTER.items()}
-    if model.tie_embeddings:
-        names[OUTER["tok_embeddings.weight"]] += ("output.weight",)
-        del names[OUTER["output.weight"]]
-    joined = any(name.endswith("qkv_proj.weight") for name in found)  # Phi-3 joins them with full rotation, too
-    for layer in range(model.n_layers):
-        names |= {f"model.layers.{layer}.{theirs}.weight": tuple(f"layers.{layer}.{part}.weight" for part in parts)
-                  for theirs, parts in _layer_names(joined).items()}
+    # Phi-3 joins them with full rotation, too
+    names = tensor_names(model, joined=any(name.endswith("qkv_proj.weight") for name in found))
     for theirs, ours in names.items():
-        tied = theirs == OUTER["tok_embeddings.weight"]
         rows = [shapes[name][0] for name in ours]
-        shape = (rows[0] if tied else sum(rows), *shapes[ours[0]][1:])
+        shape = (sum(rows), *shapes[ours[0]][1:])
         if theirs not in found:
             raise UserError(f"{folder}: lacks the tensor {theirs}")
         if tuple(found[theirs].shape) != shape:
             raise UserError(f"{folder}: {theirs} has the shape {tuple(found[theirs].shape)}, but by {CONFIG} it is "
                             f"{shape}")
-        whole = found[theirs].float()
-        weights |= dict.fromkeys(ours, whole) if tied else dict(zip(ours, whole.split(rows), strict=True))
-        used.add(theirs)
-    extra = [name for name in found if name not in used and not name.endswith("rotary_emb.inv_freq")]
+        weights |= dict(zip(ours, found[theirs].float().split(rows), strict=True))
+    if model.tie_embeddings:
+        weights["output.weight"] = weights["tok_embeddings.weight"]
+    extra = [name for name in found if name not in names and name != OUTER["output.weight"]  # a tied one may be there
+             and not name.endswith("rotary_emb.inv_freq")]
     if extra:
         raise UserError(f"{folder}: has a tensor that this project's model does not have: {extra[0]}")
     return weights

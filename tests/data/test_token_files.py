@@ -14,7 +14,14 @@ import torch
 from config import UserError
 from data.stories import open_stories
 from data.token_files import build_token_file, make_fingerprint, open_token_file, prepare_tokens
-from data.tokenizer import article_mask, token_byte_lengths, train_tokenizer
+from data.tokenizer import (
+    END_OF_STORY,
+    article_mask,
+    byte_characters,
+    token_byte_lengths,
+    tokenizer_from_json,
+    train_tokenizer,
+)
 
 CPU = torch.device("cpu")
 
@@ -47,6 +54,18 @@ def test_the_counts_are_true(corpus, tokenizer):
     articles = sum(words[word] for word in ("a", "an", "the", "A", "An", "The"))
     assert file.counts["article_tokens"] == pytest.approx(articles, rel=0.02)
     assert 0.03 < file.counts["article_tokens"] / file.counts["tokens"] < 0.12
+
+
+def test_a_tokenizer_of_bytes_alone_makes_token_files(corpus, tokenizer):
+    """It has 257 tokens, fewer than any that this project trains, and comes from elsewhere."""
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = content["added_tokens"][:1]
+    alphabet = byte_characters()
+    vocabulary = {END_OF_STORY: 0, **{character: 1 + byte for byte, character in enumerate(alphabet)}}
+    content["model"] |= {"vocab": vocabulary, "merges": []}
+    bytes_alone = tokenizer_from_json(json.dumps(content), "elsewhere")
+    file = prepare_tokens(corpus(), bytes_alone, "train")
+    assert file.counts["tokens"] == file.counts["bytes"] + file.counts["stories"] + 1
 
 
 def test_byte_lengths_add_up_for_any_text(tokenizer):

@@ -83,11 +83,6 @@ def test_the_report_says_what_the_corpus_could_not_fill(stories):
     assert "asked for" not in "\n".join(tokenizer_report(full, 500, stories))
 
 
-def test_a_vocabulary_without_room_for_all_bytes_is_refused(stories):
-    with pytest.raises(UserError, match="at least 259"):
-        train_tokenizer(stories, 258, show_progress=False)
-
-
 def test_unfit_tokenizers_are_refused_in_one_line(tokenizer, tmp_path):
     no_separator = json.loads(tokenizer.to_str())
     no_separator["added_tokens"] = no_separator["added_tokens"][1:]
