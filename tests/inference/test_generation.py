@@ -597,8 +597,8 @@ def test_the_script_takes_the_newest_checkpoint_and_says_what_it_is(run_generate
 @pytest.mark.skipif(os.name == "nt", reason="there, HOME is not the home directory")
 def test_a_path_in_the_home_directory_is_found(run_generate, folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
-    status, out, error = run_generate("--checkpoint=~/checkpoints/my run/best_model.pth", "--out=~/new.jsonl")
-    assert status == 0 and "Once upon" in out and (folder / "new.jsonl").exists(), error
+    status, out, error = run_generate("--checkpoint=~/checkpoints/my run/best_model.pth", "--out=~/home.jsonl")
+    assert status == 0 and "Once upon" in out and (folder / "home.jsonl").exists(), error
 
 
 def test_a_story_that_outgrows_the_context_by_its_prompt_says_so(run_generate):
