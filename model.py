@@ -157,9 +157,9 @@ def story_mask(tokens: Tensor) -> Tensor:
 def flash_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
     """Causal attention by torch's fused kernels; with a mask (see story_mask()), masked attention.
 
-    queries: (batch, n_heads, seq_len, head_dim); keys, values: (batch, n_kv_heads, seq_len, head_dim), or any number of
-    them for a single query, which sees all. On the CPU those kernels are fast only for such a query; otherwise each
-    block of queries is multiplied with the keys up to the block's end instead.
+    queries: (batch, n_heads, seq_len, head_dim); keys, values: (batch, n_kv_heads, seq_len, head_dim), or, for a single
+    query, which is the last token, any number of them. On a CPU those kernels are fast only for such a query; else each
+    block of queries is multiplied with the keys up to the block's end.
     """
     mask = mask.type_as(keys) if mask is not None else None
     if queries.shape[2] == 1:  # the heads of a group become queries of their one key/value head
