@@ -30,16 +30,22 @@ class Check(NamedTuple):
         return f"{self.mark:>5}  {self.name}: {self.found}" + (f"\n       {self.meaning}" if self.meaning else "")
 
 
-def check_run(checkpoint: dict[str, Any], source: Path, config: Config, train_file: TokenFile) -> list[Check]:
+def check_run(checkpoint: dict[str, Any], source: Path, config: Config, train_file: TokenFile,
+              metrics: Sequence[dict]) -> list[Check]:
     """Checks of the training that led to the checkpoint in the file `source`: finished, vocabulary, rate, ..."""
     step, training = checkpoint["iter_num"], config.training
     sequences = count_sequences(len(train_file.tokens), config.model.max_seq_len)
     remaining = training.num_epochs * sequences - checkpoint.get("position", 0)
     planned = training.max_steps or step + max(0, math.ceil(remaining / config.sequences_per_step))
     completed = checkpoint.get("completed") == step
-    return [_check_finished(checkpoint, source, completed, planned),
-            Check("ok" if step >= planned or completed else "check", "steps", f"{step:,} done of {planned:,} planned"
-                  + (" (stopped early, as the config allows)" if completed and step < planned else "")),
+    ended = metrics[-1]["step"] if metrics and metrics[-1]["type"] == "final" else 0  # the last step of its run
+    if ended > step:  # the best model of a run that did not end with it
+        steps = Check("ok", "steps", f"{step:,}; its run ended at step {ended:,}")
+    else:
+        steps = Check("ok" if step >= planned or completed else "check", "steps",
+                      f"{step:,} done of {planned:,} planned"
+                      + (" (stopped early, as the config allows)" if completed and step < planned else ""))
+    return [_check_finished(checkpoint, source, completed or ended > step, planned), steps,
             *_check_data(checkpoint, config, train_file), _check_learning_rate(checkpoint, config, planned)]
 
 

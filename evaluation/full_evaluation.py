@@ -64,7 +64,7 @@ def _evaluate(config: Config, checkpoint_path: Path, show: Callable[[str], objec
               "data": data or "validation", "likelihood": likelihood}
     if train_file:
         metrics = read_metrics(checkpoint_path.parent / METRICS)
-        of_run = check_run(checkpoint, checkpoint_path, config, train_file) if checkpoint["iter_num"] else []
+        of_run = check_run(checkpoint, checkpoint_path, config, train_file, metrics) if checkpoint["iter_num"] else []
         checks = [*of_run,
                   *check_likelihood(likelihood, checkpoint["iter_num"], metrics, config.model.vocab_size,
                                      config.data.dataset)]

@@ -54,9 +54,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         return read_hf_folder(path)
     if not path.is_file():
         folder, what = (path, "a folder") if path.is_dir() else (path.parent, "no such checkpoint")
-        there = sorted(file.name for file in folder.glob("*.pth") if file.is_file())
-        raise UserError(f"{path}: {what}; " + (f"{folder} has {', '.join(there)}" if there else
-                                               f"train.py writes {LATEST} to training.output_dir"))
+        there = sorted(str(file) for file in folder.glob("*.pth") if file.is_file())
+        raise UserError(f"{path}: {what}; " + (f"there is {', '.join(there)}" if there else
+                                               f"train.py writes {LATEST} to training.output_dir (the quickstart's is "
+                                               "checkpoints/quickstart)"))
     damaged = f"{path}: damaged, or not a checkpoint; use another one, such as {BEST}"
     with path.open("rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's guesses at what is wrong with the file

@@ -158,8 +158,9 @@ def test_labels_that_are_off_by_one_are_named(tokenizer, stories, ahead, mark, w
 
 # The checklist
 
-def checks_of(checkpoint, config, file, **changes):
-    return {check.name: check for check in check_run({**checkpoint, **changes}, Path("a run/best.pth"), config, file)}
+def checks_of(checkpoint, config, file, metrics=(), **changes):
+    checks = check_run({**checkpoint, **changes}, Path("a run/best.pth"), config, file, metrics)
+    return {check.name: check for check in checks}
 
 
 def test_the_checklist_recognizes_a_finished_run(tiny_config):
@@ -178,6 +179,12 @@ def test_the_checklist_recognizes_a_finished_run(tiny_config):
     assert "6 done of 13 planned" in halfway["steps"].found
     meaning = halfway["checkpoint"].meaning
     assert "train.py --checkpoint" in meaning and str(Path("a run", "checkpoint_latest.pth")) in meaning
+    ended = [{"type": "evaluation", "step": 6}, {"type": "final", "step": 9}]  # its best was not its last
+    best = checks_of(done, config, file, ended, iter_num=6, position=48, completed=0)
+    assert best["checkpoint"].mark == best["steps"].mark == "ok" and "ended at step 9" in best["steps"].found
+    later = [*ended, {"type": "step", "step": 10}]
+    resumed = checks_of(done, config, file, later, iter_num=6, position=48, completed=0)
+    assert resumed["checkpoint"].mark == "check"
     early = checks_of(done, config, file, iter_num=6, position=48, completed=0, best_val_loss=math.inf)["checkpoint"]
     assert "not evaluated before" in early.found and "inf" not in early.found
     assert checks_of(done, config, file, train_digest="other")["tokenizer"].mark == "bad"

@@ -123,9 +123,9 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(tmp_path, capsys):
     save_checkpoint(good, make_checkpoint())
     whole, wrong_shape = good.read_bytes(), make_checkpoint()
     wrong_shape["config"]["model"]["d_ffn"] = 96
-    assert refusal(load_checkpoint, tmp_path) == f"{tmp_path}: a folder; {tmp_path} has good.pth"
+    assert refusal(load_checkpoint, tmp_path) == f"{tmp_path}: a folder; there is {tmp_path / 'good.pth'}"
     cases = [
-        (lambda: None, f"no such checkpoint; {tmp_path} has good.pth"),
+        (lambda: None, f"no such checkpoint; there is {tmp_path / 'good.pth'}"),
         (lambda: (path.mkdir(), refusal(load_checkpoint, path), path.rmdir()), "no such checkpoint"),
         (lambda: path.write_bytes(whole[:5000]), "damaged"),
         (lambda: path.write_bytes(whole[:-1]), "damaged"),

@@ -24,7 +24,7 @@ from device import choose_compile, choose_precision
 from evaluation.validation import evaluate
 from inference.engine import generate_tokens
 from model import Transformer
-from train import Run, accumulate_gradients, start_run, train_step
+from train import FEW_STEPS, Run, accumulate_gradients, start_run, train_step
 from training.checkpoints import LATEST, load_checkpoint
 from training.non_finite import find_non_finite
 from training.optimizer import make_optimizer, orthogonalize
@@ -581,3 +581,10 @@ def test_early_stopping_ends_the_run(tiny_config, tmp_path, capsys):
     assert steps < 60 and "Stopped early: 2 evaluations" in capsys.readouterr().out
     assert start_run(config, None, latest, resume=True) == 0  # over is over
     assert load_checkpoint(latest)["iter_num"] == steps and len(metrics(tmp_path / "run", "final")) == 1
+
+
+def test_a_run_of_few_steps_says_how_to_train_longer(tiny_config, capsys):
+    """A small text, as a newcomer's first one is, has a step or two in an epoch."""
+    assert start_run(tiny_config("data.max_stories=20"), None, None) == 0
+    advice = re.search(r"note: (\d+) steps are few .* raise --num_epochs, such as to ([\d,]+)", capsys.readouterr().out)
+    assert int(advice[1]) < FEW_STEPS <= int(advice[1]) * int(advice[2].replace(",", ""))
