@@ -300,8 +300,8 @@ def prepare_device(run: Run, validation: TokenFile, total_steps: int) -> Callabl
     notes = schedule_notes(run.config, total_steps, run.iter_num, run.optimizer.param_groups[0]["lr"])
     if training.max_steps is None and total_steps < FEW_STEPS:
         enough = math.ceil(FEW_STEPS * per_step / run.sequences_per_epoch)
-        notes.append(f"{counted(total_steps, 'step')} are few to learn from: for so small a text, raise --num_epochs, "
-                     f"such as to {enough:,}")
+        notes.append(f"this run has {counted(total_steps, 'step')}, too few to learn much: for so small a text, raise "
+                     f"--num_epochs, such as to {enough:,}")
     if run.sequences_per_epoch < per_step * min(training.save_steps, total_steps) and training.keep_checkpoints:
         notes.append(f"an epoch is shorter than training.save_steps ({training.save_steps}): not every epoch gets a "
                      "checkpoint_epoch_N.pth")
