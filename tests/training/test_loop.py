@@ -586,5 +586,6 @@ def test_early_stopping_ends_the_run(tiny_config, tmp_path, capsys):
 def test_a_run_of_few_steps_says_how_to_train_longer(tiny_config, capsys):
     """A small text, as a newcomer's first one is, has a step or two in an epoch."""
     assert start_run(tiny_config("data.max_stories=20"), None, None) == 0
-    advice = re.search(r"this run has (\d+) steps, too few .* raise --num_epochs, such as to ([\d,]+)", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    advice = re.search(r"this run has (\d+) steps, too few .* raise --num_epochs, such as to ([\d,]+)", out)
     assert int(advice[1]) < FEW_STEPS <= int(advice[1]) * int(advice[2].replace(",", ""))
