@@ -84,12 +84,12 @@ JUDGE = "judge.json"  # beside the checkpoint
 def confirm(yes: bool, cost: str) -> None:
     """Ask whether the judge is worth its cost. Raises UserError if not."""
     print(f"The judge: {cost}.")
-    answer = "y" if yes else ""
-    if not yes:
-        with contextlib.suppress(EOFError):  # Ctrl-D
-            answer = input("Continue? [y/N] ")
-    if answer.strip().lower() not in ("y", "yes"):
-        raise UserError("--judge: cancelled")
+    if yes:
+        return
+    with contextlib.suppress(EOFError):  # Ctrl-D
+        if input("Continue? [y/N] ").strip().lower() in ("y", "yes"):
+            return
+    raise UserError("--judge: cancelled")
 
 
 def write_result(path: Path | None, result: dict[str, Any]) -> None:

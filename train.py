@@ -90,7 +90,6 @@ from training.run_folder import REPORT, RunFolder, lock_output_dir
 from training.schedule import learning_rate, schedule_notes
 from training.terminal import announce_duration, bold, open_bar, show_figures, wrapped
 
-FEW_STEPS = 100  # a run by epochs that has fewer learns too little from stories
 EARLY_STEPS, EARLY_TOKENS = (1, 10, 20, 50, 100, 200), 60  # where one story is shown, and of how many new tokens
 
 
@@ -298,10 +297,6 @@ def prepare_device(run: Run, validation: TokenFile, total_steps: int) -> Callabl
             f"{run.sequences_per_epoch / per_step:,.1f} steps an epoch, {counted(total_steps, 'step')} in all "
             f"({total_steps * per_step / run.sequences_per_epoch:.2f} epochs), {describe_optimizer(run.config)}"]
     notes = schedule_notes(run.config, total_steps, run.iter_num, run.optimizer.param_groups[0]["lr"])
-    if training.max_steps is None and total_steps < FEW_STEPS:
-        enough = math.ceil(FEW_STEPS * per_step / run.sequences_per_epoch)
-        notes.append(f"this run has {counted(total_steps, 'step')}, too few to learn much: for so small a text, raise "
-                     f"--num_epochs, such as to {enough:,}")
     if run.sequences_per_epoch < per_step * min(training.save_steps, total_steps) and training.keep_checkpoints:
         notes.append(f"an epoch is shorter than training.save_steps ({training.save_steps}): not every epoch gets a "
                      "checkpoint_epoch_N.pth")

@@ -1,6 +1,7 @@
 """How messages show values, numbers, sizes and durations."""
 
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def one_line(value: Any) -> str:
 def shell_argument(path: Path, windows: bool = os.name == "nt") -> str:
     """The path as an argument of a printed command, which cmd.exe and PowerShell must understand on Windows."""
     if windows:
-        return f'"{path}"' if " " in str(path) else str(path)
+        return f'"{path}"' if re.search(r"[^\w.:\\/-]", str(path)) else str(path)
     return shlex.quote(str(path))
 
 

@@ -49,7 +49,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises UserError if it is missing, damaged or of another kind.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     if is_hf_folder(path):
         return read_hf_folder(path)
     if not path.is_file():
@@ -152,7 +152,7 @@ def config_of_new_run(initial: dict[str, Any], source: Path, config_path: Path |
             key = {"kv_heads": "n_kv_heads", "rotary_dim": "rope_percentage"}.get(key, key)
             raise UserError(f"--init_from {source}: model.{key} is {getattr(own.model, key)} there, but "
                             f"{getattr(config.model, key)} in the config: leave it out, since the weights determine it")
-    if Path(config.training.output_dir).expanduser().resolve() in source.expanduser().resolve().parents:
+    if Path(config.training.output_dir).expanduser().resolve() in source.resolve().parents:
         raise UserError(f"--init_from {source}: is in training.output_dir, and a new run moves what is there to "
                         f"{PREVIOUS}/: set training.output_dir to another folder")
     return config

@@ -69,16 +69,18 @@ class RunFolder:
         """
         if not self.writes:
             return
-        if checkpoint is None or checkpoint.resolve() != (self.path / LATEST).resolve():
+        if checkpoint is None:
+            self._move_to_previous()
+        elif checkpoint.resolve() != (self.path / LATEST).resolve():
+            content, home = checkpoint.read_bytes(), checkpoint.resolve().parent
             moved = self._move_to_previous()
-            if checkpoint and moved and checkpoint.resolve().parent == self.path.resolve():
-                checkpoint = moved / checkpoint.name
-            for name in (BEST, METRICS) if checkpoint else ():
-                if (checkpoint.parent / name).is_file():
-                    shutil.copyfile(checkpoint.parent / name, self.path / name)
-        if checkpoint and checkpoint.resolve() != (self.path / LATEST).resolve():
+            if moved and home == self.path.resolve():
+                home = moved
+            for name in (BEST, METRICS):
+                if (home / name).is_file():
+                    shutil.copyfile(home / name, self.path / name)
             with atomic_write(self.path / LATEST) as file:
-                file.write(checkpoint.read_bytes())
+                file.write(content)
         if self.metrics.exists():
             with self.metrics.open("r+b") as file:
                 whole_lines = file.read(metrics_size).rpartition(b"\n")

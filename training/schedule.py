@@ -26,8 +26,10 @@ def schedule_notes(config: Config, total_steps: int, step: int = 0, rate: float 
     scheduler, peak, notes = config.scheduler, config.optimizer.learning_rate, []
     steps = counted(total_steps, "step")
     if scheduler.warmup_steps >= total_steps:
-        notes.append(f"scheduler.warmup_steps is {scheduler.warmup_steps:,}, but this run has {steps}, so "
-                     "the learning rate never reaches its peak: set it to a tenth of the steps or less")
+        epochs = math.ceil(10 * scheduler.warmup_steps * config.training.num_epochs / total_steps)
+        longer = "" if config.training.max_steps else f"train for longer, such as --num_epochs {epochs:,}, or "
+        notes.append(f"scheduler.warmup_steps is {scheduler.warmup_steps:,}, but this run has {steps}, so the learning "
+                     f"rate never reaches its peak: {longer}set it to a tenth of the steps or less")
     if scheduler.lr_decay_iters and scheduler.lr_decay_iters != total_steps and scheduler.type != "constant":
         end = learning_rate(total_steps, peak, total_steps, scheduler)
         notes.append(f"scheduler.lr_decay_iters is {scheduler.lr_decay_iters:,}, but this run has {steps} and "

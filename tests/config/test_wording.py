@@ -11,4 +11,5 @@ def test_a_path_in_a_printed_command_is_one_argument():
         assert shlex.split(shell_argument(Path(name), windows=False)) == [str(Path(name))]
     # cmd.exe knows double quotes only, and would take single ones for a part of the name
     assert shell_argument(PureWindowsPath("checkpoints/best.pth"), windows=True) == r"checkpoints\best.pth"
-    assert shell_argument(PureWindowsPath("my run/best.pth"), windows=True) == r'"my run\best.pth"'
+    for name in ("my run", "R&D"):
+        assert shell_argument(PureWindowsPath(name, "best.pth"), windows=True) == rf'"{name}\best.pth"'

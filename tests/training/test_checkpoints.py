@@ -421,6 +421,10 @@ def test_resuming_from_an_older_checkpoint_makes_it_the_latest(tmp_path):
         folder.begin(tmp_path / "checkpoint_epoch_1.pth", size)
     assert runs(tmp_path) == (1, [1]) and load_checkpoint(tmp_path / BEST)["iter_num"] == 7
     assert runs(tmp_path / "previous" / "2") == (2, [1, 2])  # what came after it is not lost
+    (tmp_path / "mine.pth").write_bytes((tmp_path / LATEST).read_bytes())
+    with lock_output_dir(tmp_path) as folder:
+        folder.begin(tmp_path / "mine.pth", size)  # a copy under a name of the user's, which stays where it is
+    assert runs(tmp_path) == (1, [1]) and load_checkpoint(tmp_path / BEST)["iter_num"] == 7
 
 
 def test_resuming_in_another_folder_copies_the_metrics_and_the_best_model(tmp_path):

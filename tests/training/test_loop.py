@@ -24,7 +24,7 @@ from device import choose_compile, choose_precision
 from evaluation.validation import evaluate
 from inference.engine import generate_tokens
 from model import Transformer
-from train import FEW_STEPS, Run, accumulate_gradients, start_run, train_step
+from train import Run, accumulate_gradients, start_run, train_step
 from training.checkpoints import LATEST, load_checkpoint
 from training.non_finite import find_non_finite
 from training.optimizer import make_optimizer, orthogonalize
@@ -583,9 +583,12 @@ def test_early_stopping_ends_the_run(tiny_config, tmp_path, capsys):
     assert load_checkpoint(latest)["iter_num"] == steps and len(metrics(tmp_path / "run", "final")) == 1
 
 
-def test_a_run_of_few_steps_says_how_to_train_longer(tiny_config, capsys):
+def test_a_run_shorter_than_its_warm_up_says_how_to_train_longer(tiny_config):
     """A small text, as a newcomer's first one is, has a step or two in an epoch."""
-    assert start_run(tiny_config("data.max_stories=20"), None, None) == 0
-    out = capsys.readouterr().out
-    advice = re.search(r"this run has (\d+) steps, too few .* raise --num_epochs, such as to ([\d,]+)", out)
-    assert int(advice[1]) < FEW_STEPS <= int(advice[1]) * int(advice[2].replace(",", ""))
+    for epochs, steps in ((1, 1), (4, 30)):
+        config = tiny_config("scheduler.warmup_steps=40", f"training.num_epochs={epochs}")
+        note, = schedule_notes(config, steps)
+        longer = int(re.search(r"--num_epochs ([\d,]+), or", note)[1].replace(",", ""))
+        assert 400 <= longer * steps / epochs < 400 + steps  # then the warm-up is a tenth
+    note, = schedule_notes(tiny_config("scheduler.warmup_steps=40", "training.max_steps=30"), 30)
+    assert "--num_epochs" not in note
